@@ -1,0 +1,3 @@
+//! Database servers on this host.
+
+pub mod postgres;

@@ -1,0 +1,1 @@
+//! Pure parsers of PostgreSQL's files and of its write-ahead log.

@@ -1,0 +1,28 @@
+//! The database products that keiki knows by name.
+
+use crate::error::{Error, Kind, Result};
+
+/// A database product.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum EngineKind {
+    Postgres,
+    /// The counting pretence of a database that keeps the `Engine` trait honest in tests.
+    Fake,
+}
+
+impl EngineKind {
+    const NAMES: &'static [(EngineKind, &'static str)] =
+        &[(EngineKind::Postgres, "postgres"), (EngineKind::Fake, "fake")];
+
+    pub fn name(self) -> &'static str {
+        Self::NAMES.iter().find(|row| row.0 == self).map_or("unknown", |row| row.1)
+    }
+
+    /// The engine with this name.
+    pub fn parse(name: &str) -> Result<EngineKind> {
+        Self::NAMES.iter().find(|row| row.1 == name).map(|row| row.0).ok_or_else(|| {
+            Error::new(Kind::Unsupported, format!("engine '{name}' is not known"))
+                .hint("this version of keiki knows 'postgres'")
+        })
+    }
+}
