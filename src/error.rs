@@ -79,10 +79,10 @@ impl Kind {
 }
 
 /// A failure: kind, message, and a hint where one helps.
-#[derive(Clone)]
+#[derive(Clone, PartialEq, Eq)]
 pub struct Error(Box<Inner>);
 
-#[derive(Clone)]
+#[derive(Clone, PartialEq, Eq)]
 struct Inner {
     kind: Kind,
     message: String,

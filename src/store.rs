@@ -1,1 +1,108 @@
-//! (floor 'store')
+//! Objects by key: the port behind which a directory, a bucket, memory or another agent lies.
+//!
+//! The contract, held by one suite on every implementation (`tests/it/store_contract.rs`):
+//! * A put is atomic and durable: when it returns, a reader on any machine sees the whole object; before that, or
+//!   after a crash, it sees the old state. No reader ever sees a part.
+//! * `Create` puts succeed for exactly one of any number of racing writers, `IfMatch` puts likewise.
+//! * `list` returns keys in ascending byte order, starting after a given key, a page at a time.
+//! * Deleting what is not there succeeds.
+
+use std::fmt;
+use std::ops::Range;
+use std::pin::Pin;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use futures_util::Stream;
+
+use crate::error::{Error, Kind, Result};
+
+/// A body in pieces. An error ends it.
+pub type ByteStream = Pin<Box<dyn Stream<Item = Result<Bytes>> + Send>>;
+
+/// The name of an object: parts of letters, digits, `.`, `-` and `_`, joined by `/`; no part is `.` or `..`.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Key(String);
+
+/// S3 allows 1024 bytes (Amazon S3 user guide, "Naming Amazon S3 objects"); a prefix must fit as well.
+const KEY_BYTES_MAX: usize = 800;
+
+impl Key {
+    /// Checks the form of a key, which may come from a peer.
+    pub fn parse(text: &str) -> Result<Key> {
+        let part_is_good = |part: &str| {
+            !part.is_empty()
+                && part != "."
+                && part != ".."
+                && part.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'-' | b'_'))
+        };
+        if text.len() <= KEY_BYTES_MAX && text.split('/').all(part_is_good) {
+            Ok(Key(text.to_string()))
+        } else {
+            Err(Error::new(Kind::BadInput, format!("'{}' is not the key of an object", text.escape_default())))
+        }
+    }
+
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// Changes whenever the object changes; means something to the store that gave it only.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Tag(pub String);
+
+/// Under which condition a put may happen. A condition that does not hold is an error of kind `Conflict`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum PutCondition {
+    /// Only if there is no object under this key.
+    Create,
+    /// Whatever is there.
+    Replace,
+    /// Only if the object is still the one with this tag.
+    IfMatch(Tag),
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ObjectInfo {
+    pub key: Key,
+    pub size_bytes: u64,
+    pub tag: Tag,
+}
+
+/// At most this many objects come back from one `list`, as with S3's ListObjectsV2.
+pub const LIST_PAGE_OBJECTS_MAX: usize = 1000;
+
+/// Where objects are kept. See the module for the contract.
+#[async_trait]
+pub trait Store: Send + Sync {
+    /// The bytes of an object, or of a range of it; a missing object is `NotFound`, a range that is not within the
+    /// object is `BadInput`. The size of the body is exactly that of the range.
+    async fn get(&self, key: &Key, range: Option<Range<u64>>) -> Result<ByteStream>;
+
+    /// Stores a small object (up to a few MiB) and returns its tag.
+    async fn put(&self, key: &Key, body: Bytes, condition: PutCondition) -> Result<Tag>;
+
+    /// Stores an object whose size is not known in advance. If the stream ends in an error, nothing is stored and
+    /// that error is returned. `IfMatch` is not supported here.
+    async fn put_stream(&self, key: &Key, body: ByteStream, condition: PutCondition) -> Result<Tag>;
+
+    /// Size and tag of an object, or nothing if there is none.
+    async fn head(&self, key: &Key) -> Result<Option<ObjectInfo>>;
+
+    /// The objects whose key begins with `prefix` (any text, also in the middle of a part) and is greater than
+    /// `after`, at most `limit` and at most [`LIST_PAGE_OBJECTS_MAX`]; an empty answer means there are no more.
+    async fn list(&self, prefix: &str, after: Option<&str>, limit: usize) -> Result<Vec<ObjectInfo>>;
+
+    /// Removes objects; those that are not there count as removed.
+    async fn delete(&self, keys: &[Key]) -> Result<()>;
+
+    /// Where this store is, for messages: `file:///srv/keiki`, `peer://a`.
+    fn describe(&self) -> String;
+}

@@ -1,0 +1,199 @@
+//! What an agent can be asked, as values. `wire` gives them bytes; `access` says who may ask what.
+
+use std::ops::Range;
+
+use jiff::Timestamp;
+
+use crate::error::Error;
+use crate::model::backup::Backup;
+use crate::model::check::CheckItem;
+use crate::model::id::{IncarnationId, JobId};
+use crate::model::job::{JobReport, Order};
+use crate::model::position::Position;
+use crate::model::window::Window;
+
+/// Everything that can be asked. Closed: a peer that asks anything else is refused.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Request {
+    /// Who are you? Answered with `Hello`.
+    Hello,
+    /// Answered with `Status`.
+    Status,
+    /// Answered with `Checks`.
+    Doctor,
+    /// Record an order and begin it; the same order again is answered with the job as it stands. `Job`.
+    Submit {
+        order: Order,
+    },
+    /// Only the check list of a clone order, nothing is recorded. Answered with `Checks`.
+    Check {
+        order: Order,
+    },
+    /// Answered with `Jobs`, newest first.
+    ListJobs,
+    ShowJob {
+        id: JobId,
+    },
+    CancelJob {
+        id: JobId,
+    },
+    /// Goes on with a failed or interrupted job from its last complete step.
+    ResumeJob {
+        id: JobId,
+    },
+    /// Opens a quarantined clone. Answered with `Job`: the clone's own job goes on.
+    Accept {
+        clone: String,
+    },
+    /// Deletes a quarantined clone and its directory. Answered with `Job`.
+    Discard {
+        clone: String,
+    },
+    /// Answered with `Backups`.
+    ListBackups {
+        instance: String,
+    },
+    /// Answered with `Window`.
+    ShowWindow {
+        instance: String,
+    },
+    /// Ship everything that is durable now, the open file too, and say how far that is. Answered with `Shipped`.
+    ShipNow {
+        incarnation: IncarnationId,
+    },
+    /// Initialise the configured repository. Local only. Answered with `Done`.
+    InitRepository,
+    /// PostgreSQL asks whether a segment is safe. Local only; answered with `Done` when it is durable.
+    PushLog {
+        data_dir: String,
+        file: String,
+    },
+    /// Ask the agent of this peer instead, in the name of this host. Local only.
+    Forward {
+        host: String,
+        request: Box<Request>,
+    },
+    /// Read access to this agent's repository for a host that has none. The bytes follow as the body.
+    GetObject {
+        key: String,
+        range: Option<Range<u64>>,
+    },
+    HeadObject {
+        key: String,
+    },
+    ListObjects {
+        prefix: String,
+        after: Option<String>,
+        limit: u32,
+    },
+    /// Write access, below incarnations that belong to the caller's host only; the bytes come as the body.
+    PutObject {
+        key: String,
+        condition: PutWhen,
+    },
+    DeleteObjects {
+        keys: Vec<String>,
+    },
+}
+
+/// `store::PutCondition` in terms of the wire.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum PutWhen {
+    Create,
+    Replace,
+    IfMatch(String),
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Response {
+    Done,
+    Hello {
+        host: String,
+        version: String,
+        now: Timestamp,
+    },
+    Status(HostStatus),
+    Checks(Vec<CheckItem>),
+    Job(JobReport),
+    Jobs(Vec<JobReport>),
+    Backups(Vec<Backup>),
+    Window {
+        incarnation: IncarnationId,
+        window: Window,
+    },
+    Shipped {
+        position: Position,
+        observed_at: Timestamp,
+    },
+    /// A body of exactly this many bytes follows.
+    Body {
+        size_bytes: u64,
+    },
+    Object(Option<ObjectFacts>),
+    Objects(Vec<ObjectFacts>),
+    Stored {
+        tag: String,
+    },
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ObjectFacts {
+    pub key: String,
+    pub size_bytes: u64,
+    pub tag: String,
+}
+
+/// What `keiki status` shows of one host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HostStatus {
+    pub host: String,
+    pub version: String,
+    pub began_at: Timestamp,
+    pub now: Timestamp,
+    pub repository: String,
+    /// Why the repository cannot be used now, if so.
+    pub repository_error: Option<Error>,
+    pub instances: Vec<InstanceStatus>,
+    pub peers: Vec<PeerFacts>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PeerFacts {
+    pub name: String,
+    pub address: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct InstanceStatus {
+    pub name: String,
+    pub engine: String,
+    pub engine_version: Option<String>,
+    pub data_dir: String,
+    pub port: u16,
+    pub state: InstanceState,
+    pub incarnation: Option<IncarnationId>,
+    /// How far the repository has it, and how far the server is.
+    pub shipped: Option<Position>,
+    pub durable: Option<Position>,
+    pub backlog_bytes: u64,
+    /// Age of the oldest change that is not in the repository, 0 if there is none.
+    pub backlog_seconds: u64,
+    pub last_backup: Option<(String, Timestamp)>,
+    /// What is wrong now.
+    pub problem: Option<Error>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum InstanceState {
+    /// Being looked at for the first time.
+    Starting,
+    Archiving,
+    /// Trying again after a failure; `problem` says which.
+    Retrying,
+    /// Stopped for good until somebody acts: fenced, conflict. `problem` says why.
+    Stopped,
+    /// A clone that waits for accept or discard.
+    Quarantine,
+    /// The server is not running.
+    Down,
+}
