@@ -1,0 +1,61 @@
+# Everything somebody working on keiki types. `make` alone lists it.
+#
+# CARGO_TARGET_DIR is honoured. Nothing here asks a question: every target runs unattended and ends non-zero when
+# something failed.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+# One at a time: cargo uses all cores by itself, and the parts of `test` share one target directory.
+.NOTPARALLEL:
+
+CARGO ?= cargo
+TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
+
+# The tests find PostgreSQL through the environment: packaging/test-servers.sh says where it is.
+WITH_SERVERS = set -a; source "$$(packaging/test-servers.sh env-file)"; set +a;
+
+.PHONY: help
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-22s %s\n", $$1, $$2 }' Makefile
+
+.PHONY: build
+build: ## build the optimised binary
+	$(CARGO) build --release --locked
+	@echo "built '$(TARGET_DIR)/release/keiki'"
+
+.PHONY: test
+test: install-test-servers lint run-tests story-postgres ## install what tests need, then lint, every test and the stories
+
+.PHONY: install-test-servers
+install-test-servers: ## install the compiler and the PostgreSQL servers that tests need
+	@packaging/test-servers.sh
+
+.PHONY: lint
+lint: ## formatting, clippy without warnings, and what the dependencies may be
+	$(CARGO) fmt --check
+	$(CARGO) clippy --locked --all-targets -- -D warnings
+	@if $(CARGO) deny --version >/dev/null 2>&1; then \
+		$(CARGO) deny --locked check bans licenses sources; \
+	else \
+		echo "cargo-deny is not installed: deny.toml was not checked"; \
+	fi
+
+# The stories run on their own afterwards, so that what they print can be read.
+.PHONY: run-tests
+run-tests: install-test-servers ## every test but the stories
+	@$(WITH_SERVERS) \
+	if $(CARGO) nextest --version >/dev/null 2>&1; then \
+		$(CARGO) nextest run --locked --no-fail-fast -E 'not test(/(^|::)story_/)'; \
+		$(CARGO) test --locked --quiet --doc; \
+	else \
+		$(CARGO) test --locked --no-fail-fast -- --skip story_; \
+	fi
+
+# A story that is not there would pass in silence, so it is looked for first.
+.PHONY: story-postgres
+story-postgres: install-test-servers ## the ledger: clones to many moments, each row checked, on every PostgreSQL
+	@$(WITH_SERVERS) \
+	$(CARGO) test --locked --test it -- --list 2>/dev/null | grep -c 'story_postgres.*: test$$' >/dev/null || \
+		{ echo "error: tests/it has no test called 'story_postgres'" >&2; exit 1; }; \
+	$(CARGO) test --locked --test it story_postgres -- --nocapture --test-threads=1
