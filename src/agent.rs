@@ -1,1 +1,3 @@
-//! (floor 'agent')
+//! The daemon: configuration, one supervisor per instance, and what answers requests.
+
+pub mod config;

@@ -1,4 +1,6 @@
 //! Agent to agent, and command line to agent: one closed set of requests over HTTP/1.1, on mutual TLS 1.3 between
 //! hosts and on a Unix socket on the host.
 
+pub mod access;
 pub mod api;
+pub mod tls;

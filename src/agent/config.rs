@@ -1,0 +1,447 @@
+//! The configuration of an agent, `/etc/keiki/keiki.toml`.
+//!
+//! It is read in two stages: `raw` holds what was typed, this file what it means, with every default filled in.
+//! Nothing below this module reads the file or the environment; each part gets its own values. A mistake is reported
+//! with file, line and key, and where a word looks misspelt with the word that was probably meant.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::ops::{Range, RangeInclusive};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use crate::error::{Context, Error, Kind, Result};
+use crate::model::engine_kind::EngineKind;
+use crate::model::id::check_name;
+pub use crate::peer::access::AllowRule;
+use crate::peer::access::{Permission, check_who};
+pub use crate::peer::tls::TlsConfig;
+pub use schedule::{BackupWindow, next_start};
+
+mod place;
+mod raw;
+mod schedule;
+mod value;
+
+/// Where the configuration is if nobody says otherwise.
+pub const CONFIG_PATH_DEFAULT: &str = "/etc/keiki/keiki.toml";
+/// Where the agent listens for the command line of its own host.
+pub const CONTROL_SOCKET_DEFAULT: &str = "/run/keiki/keiki.sock";
+/// A configuration is a page of text; what is longer is some other file.
+const CONFIG_BYTES_MAX: u64 = 1 << 20;
+
+/// Everything that the file says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Config {
+    pub host: HostConfig,
+    /// Where other hosts reach this agent; nothing means that they cannot.
+    pub listen: Option<SocketAddr>,
+    pub tls: Option<TlsConfig>,
+    pub repository: RepositoryConfig,
+    pub peers: Vec<PeerConfig>,
+    pub instances: Vec<InstanceConfig>,
+    pub clone: CloneConfig,
+    pub allow: Vec<AllowRule>,
+    pub limits: LimitsConfig,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HostConfig {
+    pub name: String,
+    pub state_dir: PathBuf,
+    pub control_socket: PathBuf,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RepositoryConfig {
+    pub url: RepositoryUrl,
+}
+
+/// Where the repository lies.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum RepositoryUrl {
+    /// `file:///srv/keiki`.
+    File(PathBuf),
+    /// `peer://a`: through the agent of that host.
+    Peer(String),
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PeerConfig {
+    pub name: String,
+    /// `name:port` or a numeric address with port; names are resolved at each connection.
+    pub address: String,
+}
+
+/// How the log of an instance leaves it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ShipMode {
+    /// A physical replication slot of the agent's holds the log on the server.
+    Slot,
+    /// The server calls `keiki wal-push` for each segment.
+    ArchiveCommand,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct InstanceConfig {
+    pub name: String,
+    pub engine: EngineKind,
+    pub data_dir: PathBuf,
+    /// The server's programs; found by the agent if nothing is said.
+    pub bin_dir: Option<PathBuf>,
+    pub socket_dir: PathBuf,
+    pub port: u16,
+    /// The role with which the agent logs in, and the database to which it connects.
+    pub user: String,
+    pub database: String,
+    /// The operating system user who runs the server.
+    pub run_as: String,
+    pub ship: ShipMode,
+    pub ship_every: Duration,
+    /// How much log the agent's slot may hold back before it is given up.
+    pub slot_limit_bytes: u64,
+    /// Nothing means: backups only by hand.
+    pub backup: Option<BackupSchedule>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BackupSchedule {
+    /// At least one; see [`next_start`].
+    pub schedule: Vec<BackupWindow>,
+    pub keep_for: Duration,
+    pub keep_at_least: u32,
+}
+
+/// What clones on this host get.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CloneConfig {
+    pub data_root: PathBuf,
+    pub bin_dir: Option<PathBuf>,
+    pub ports: RangeInclusive<u16>,
+    pub run_as: String,
+    pub listen_addresses: String,
+}
+
+/// How much the agent does at the same time. A lane holds at most a few MiB.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LimitsConfig {
+    /// Sealed log files of one instance that are shipped at the same time.
+    pub ship_lanes: usize,
+    /// Files that a backup reads and stores at the same time.
+    pub backup_lanes: usize,
+    /// Packs that a clone fetches and writes at the same time.
+    pub clone_lanes: usize,
+    /// Connections that are served at the same time, over TLS and over the control socket each.
+    pub connections: usize,
+}
+
+impl Config {
+    /// Reads and checks the file at `path`.
+    pub fn load(path: &Path) -> Result<Config> {
+        let what = || format!("cannot read configuration '{}'", path.display());
+        let length = std::fs::metadata(path).context(what).map_err(|error| match error.kind() {
+            Kind::NotFound => error.hint("write one, or name it with '--config FILE'; 'keiki discover' can print one"),
+            _ => error,
+        })?;
+        if length.is_dir() || length.len() > CONFIG_BYTES_MAX {
+            return Err(Error::new(Kind::BadInput, format!("{}: it is not a file of text", what())));
+        }
+        let bytes = std::fs::read(path).context(what)?;
+        let text = String::from_utf8(bytes).map_err(|error| {
+            let good = &error.as_bytes()[..error.utf8_error().valid_up_to()];
+            let line = good.iter().filter(|byte| **byte == b'\n').count() + 1;
+            Error::new(Kind::BadInput, format!("{}: line {line}: this is not UTF-8 text", what()))
+        })?;
+        Config::parse(path, &text)
+    }
+
+    /// Reads `text`; `path` is for messages only.
+    pub fn parse(path: &Path, text: &str) -> Result<Config> {
+        let reader = Reader { text };
+        let result = place::deserialize(text).and_then(|raw| reader.resolve(raw));
+        result.map_err(|error| {
+            // A mistake in a configuration is bad input, whatever the part that found it calls it.
+            let kind = if error.kind() == Kind::Unsupported { Kind::Unsupported } else { Kind::BadInput };
+            error.with_kind(kind).while_doing(format!("cannot read configuration '{}'", path.display()))
+        })
+    }
+
+    /// The instance with this name.
+    pub fn instance(&self, name: &str) -> Option<&InstanceConfig> {
+        self.instances.iter().find(|instance| instance.name == name)
+    }
+
+    /// The peer with this name.
+    pub fn peer(&self, name: &str) -> Option<&PeerConfig> {
+        self.peers.iter().find(|peer| peer.name == name)
+    }
+}
+
+/// Turns what was typed into what it means, and knows the text to say where something stands.
+struct Reader<'t> {
+    text: &'t str,
+}
+
+impl Reader<'_> {
+    /// The error `why` about the value at `span`.
+    fn wrong(&self, span: Range<usize>, why: Error) -> Error {
+        why.while_doing(place::describe(self.text, span))
+    }
+
+    fn bad(&self, span: Range<usize>, why: impl Into<String>) -> Error {
+        self.wrong(span, Error::new(Kind::BadInput, why))
+    }
+
+    fn parse<T>(&self, text: &raw::Text, parse: impl FnOnce(&str) -> Result<T>) -> Result<T> {
+        parse(text.get_ref()).map_err(|error| self.wrong(text.span(), error))
+    }
+
+    fn parse_or<T>(&self, text: &Option<raw::Text>, default: T, parse: impl FnOnce(&str) -> Result<T>) -> Result<T> {
+        text.as_ref().map_or(Ok(default), |text| self.parse(text, parse))
+    }
+
+    fn path(&self, text: &raw::Text) -> Result<PathBuf> {
+        self.parse(text, |path| {
+            let path = Path::new(path);
+            let goes_up = path.components().any(|part| part == std::path::Component::ParentDir);
+            if path.is_absolute() && !goes_up {
+                return Ok(path.to_path_buf());
+            }
+            Err(Error::new(Kind::BadInput, format!("'{}' is not an absolute path", path.display()))
+                .hint("begin it with '/' and leave out '..': the agent has no current directory"))
+        })
+    }
+
+    fn path_or(&self, text: &Option<raw::Text>, default: &str) -> Result<PathBuf> {
+        text.as_ref().map_or_else(|| Ok(PathBuf::from(default)), |text| self.path(text))
+    }
+
+    fn name(&self, what: &str, text: &raw::Text) -> Result<String> {
+        self.parse(text, |name| check_name(what, name).map(|()| name.to_string()))
+    }
+
+    /// The text, which must not be empty and must fit on a command line.
+    fn word_or(&self, text: &Option<raw::Text>, default: &str) -> Result<String> {
+        self.parse_or(text, default.to_string(), |word| {
+            if word.trim().is_empty() || word.chars().any(char::is_control) {
+                return Err(Error::new(Kind::BadInput, "it must not be empty"));
+            }
+            Ok(word.to_string())
+        })
+    }
+
+    fn number_or<T: TryFrom<i64>>(
+        &self,
+        number: &Option<raw::Number>,
+        default: T,
+        allowed: RangeInclusive<i64>,
+    ) -> Result<T> {
+        let Some(number) = number else { return Ok(default) };
+        let (first, last) = (*allowed.start(), *allowed.end());
+        match T::try_from(*number.get_ref()) {
+            Ok(value) if allowed.contains(number.get_ref()) => Ok(value),
+            _ => Err(self.bad(number.span(), format!("'{}' is not from {first} to {last}", number.get_ref()))),
+        }
+    }
+
+    fn resolve(&self, raw: raw::RawConfig) -> Result<Config> {
+        let host = HostConfig {
+            name: self.name("a host", &raw.host.name)?,
+            state_dir: self.path_or(&raw.host.state_dir, "/var/lib/keiki")?,
+            control_socket: self.path_or(&raw.host.control_socket, CONTROL_SOCKET_DEFAULT)?,
+        };
+        let tls = match &raw.tls {
+            None => None,
+            Some(tls) => Some(TlsConfig {
+                ca: self.path(&tls.ca)?,
+                certificate: self.path(&tls.certificate)?,
+                key: self.path(&tls.key)?,
+            }),
+        };
+        let listen = raw.listen.as_ref().map(|listen| self.listen(&listen.address, tls.is_some())).transpose()?;
+        let peers = self.peers(&raw.peer, &host.name, tls.is_some())?;
+        Ok(Config {
+            repository: self.repository(&raw.repository, &peers)?,
+            instances: self.instances(&raw.instance)?,
+            clone: self.clone_config(&raw.clone)?,
+            allow: raw.allow.iter().map(|rule| self.allow(rule)).collect::<Result<_>>()?,
+            limits: LimitsConfig {
+                ship_lanes: self.number_or(&raw.limits.ship_lanes, 4, 1..=64)?,
+                backup_lanes: self.number_or(&raw.limits.backup_lanes, 4, 1..=64)?,
+                clone_lanes: self.number_or(&raw.limits.clone_lanes, 4, 1..=64)?,
+                connections: self.number_or(&raw.limits.connections, 128, 4..=4096)?,
+            },
+            host,
+            listen,
+            tls,
+            peers,
+        })
+    }
+
+    fn listen(&self, address: &raw::Text, has_tls: bool) -> Result<SocketAddr> {
+        if !has_tls {
+            return Err(self.wrong(address.span(), needs_tls("to listen to other hosts")));
+        }
+        self.parse(address, |text| {
+            text.parse().map_err(|_| {
+                Error::new(Kind::BadInput, format!("'{text}' is not a numeric address with a port"))
+                    .hint("write it like '0.0.0.0:7420', '10.0.0.1:7420' or '[::]:7420'")
+            })
+        })
+    }
+
+    fn peers(&self, raw: &[raw::RawPeer], own_name: &str, has_tls: bool) -> Result<Vec<PeerConfig>> {
+        let mut seen = Seen::default();
+        let mut peers = Vec::new();
+        for peer in raw {
+            let name = self.name("a host", &peer.name)?;
+            if !has_tls {
+                return Err(self.wrong(peer.name.span(), needs_tls("to talk to other hosts")));
+            }
+            if name == own_name {
+                let error = Error::new(Kind::BadInput, format!("'{name}' is this host itself"));
+                return Err(self.wrong(peer.name.span(), error.hint("leave it out, or is 'host.name' wrong?")));
+            }
+            seen.check(self, &name, peer.name.span())?;
+            let address = self.parse(&peer.address, |text| value::check_address(text).map(|()| text.to_string()))?;
+            peers.push(PeerConfig { name, address });
+        }
+        Ok(peers)
+    }
+
+    fn repository(&self, raw: &raw::RawRepository, peers: &[PeerConfig]) -> Result<RepositoryConfig> {
+        let url = self.parse(&raw.url, |url| {
+            if let Some(path) = url.strip_prefix("file://") {
+                if Path::new(path).is_absolute() {
+                    return Ok(RepositoryUrl::File(PathBuf::from(path)));
+                }
+                return Err(Error::new(Kind::BadInput, format!("'{url}' does not name an absolute path"))
+                    .hint("write three slashes, as in 'file:///srv/keiki'"));
+            }
+            let Some(peer) = url.strip_prefix("peer://") else { return Err(place::unknown_url(url)) };
+            if peers.iter().any(|known| known.name == peer) {
+                return Ok(RepositoryUrl::Peer(peer.to_string()));
+            }
+            let hint = format!("add a [[peer]] with name = \"{peer}\" and its address");
+            Err(Error::new(Kind::BadInput, format!("'{url}' names a host that is not a peer")).hint(hint))
+        })?;
+        Ok(RepositoryConfig { url })
+    }
+
+    fn instances(&self, raw: &[raw::RawInstance]) -> Result<Vec<InstanceConfig>> {
+        let mut names = Seen::default();
+        let mut directories = Seen::default();
+        let mut instances = Vec::new();
+        for instance in raw {
+            let resolved = self.instance(instance)?;
+            names.check(self, &resolved.name, instance.name.span())?;
+            directories.check(self, instance.data_dir.get_ref().trim_end_matches('/'), instance.data_dir.span())?;
+            instances.push(resolved);
+        }
+        Ok(instances)
+    }
+
+    fn instance(&self, raw: &raw::RawInstance) -> Result<InstanceConfig> {
+        let run_as = self.word_or(&raw.run_as, "postgres")?;
+        Ok(InstanceConfig {
+            name: self.name("an instance", &raw.name)?,
+            engine: self.parse(&raw.engine, EngineKind::parse)?,
+            data_dir: self.path(&raw.data_dir)?,
+            bin_dir: raw.bin_dir.as_ref().map(|path| self.path(path)).transpose()?,
+            socket_dir: self.path_or(&raw.socket_dir, "/var/run/postgresql")?,
+            port: self.number_or(&raw.port, 5432, 1..=65535)?,
+            user: self.word_or(&raw.user, &run_as)?,
+            database: self.word_or(&raw.database, "postgres")?,
+            run_as,
+            ship: self.parse_or(&raw.ship, ShipMode::Slot, parse_ship)?,
+            ship_every: self.parse_or(&raw.ship_every, Duration::from_secs(5), |text| {
+                let every = value::parse_duration(text)?;
+                let allowed = Duration::from_millis(100)..=Duration::from_secs(3600);
+                if allowed.contains(&every) {
+                    return Ok(every);
+                }
+                Err(Error::new(Kind::BadInput, format!("'{text}' is not from '100ms' to '1h'")))
+            })?,
+            slot_limit_bytes: self.parse_or(&raw.slot_limit, 16 << 30, value::parse_size)?,
+            backup: raw.backup.as_ref().map(|backup| self.backup(backup)).transpose()?,
+        })
+    }
+
+    fn backup(&self, raw: &raw::RawBackup) -> Result<BackupSchedule> {
+        let span = raw.schedule.span();
+        let lines = match raw.schedule.get_ref() {
+            raw::OneOrMany::One(line) => std::slice::from_ref(line),
+            raw::OneOrMany::Many(lines) => lines,
+        };
+        if lines.is_empty() {
+            return Err(self.bad(span, "it names no window"));
+        }
+        let windows = lines.iter().map(|line| BackupWindow::parse(line)).collect::<Result<Vec<_>>>();
+        Ok(BackupSchedule {
+            schedule: windows.map_err(|error| self.wrong(span, error))?,
+            keep_for: self.parse_or(&raw.keep_for, Duration::from_secs(7 * 86400), value::parse_duration)?,
+            keep_at_least: self.number_or(&raw.keep_at_least, 2, 1..=100_000)?,
+        })
+    }
+
+    fn clone_config(&self, raw: &raw::RawClone) -> Result<CloneConfig> {
+        Ok(CloneConfig {
+            data_root: self.path_or(&raw.data_root, "/var/lib/keiki/clones")?,
+            bin_dir: raw.bin_dir.as_ref().map(|path| self.path(path)).transpose()?,
+            ports: self.parse_or(&raw.ports, 5500..=5599, value::parse_ports)?,
+            run_as: self.word_or(&raw.run_as, "postgres")?,
+            listen_addresses: self.word_or(&raw.listen_addresses, "localhost")?,
+        })
+    }
+
+    fn allow(&self, raw: &raw::RawAllow) -> Result<AllowRule> {
+        let may = raw.may.iter().map(|word| self.parse(word, parse_permission)).collect::<Result<Vec<_>>>()?;
+        let instances = match &raw.instances {
+            None => vec!["*".to_string()],
+            Some(patterns) => patterns.iter().map(|pattern| pattern.get_ref().clone()).collect(),
+        };
+        Ok(AllowRule { who: self.parse(&raw.who, |who| check_who(who).map(|()| who.to_string()))?, may, instances })
+    }
+}
+
+/// Values that must not appear twice, with where they appeared first.
+#[derive(Default)]
+struct Seen(BTreeMap<String, usize>);
+
+impl Seen {
+    fn check(&mut self, reader: &Reader<'_>, value: &str, span: Range<usize>) -> Result<()> {
+        let line = place::line_of(reader.text, span.start);
+        match self.0.insert(value.to_string(), line) {
+            None => Ok(()),
+            Some(first) => Err(reader.bad(span, format!("'{value}' is there already, in line {first}"))),
+        }
+    }
+}
+
+fn needs_tls(what: &str) -> Error {
+    Error::new(Kind::BadInput, format!("{what}, a host needs a certificate"))
+        .hint("add [tls] with 'ca', 'certificate' and 'key'; 'keiki ca init' and 'keiki ca issue' make them")
+}
+
+fn parse_ship(text: &str) -> Result<ShipMode> {
+    match text {
+        "slot" => Ok(ShipMode::Slot),
+        "archive_command" => Ok(ShipMode::ArchiveCommand),
+        _ => Err(Error::new(Kind::BadInput, format!("'{text}' is not a way to ship"))
+            .hint("write 'slot' (works on a stock server) or 'archive_command'")),
+    }
+}
+
+fn parse_permission(word: &str) -> Result<Permission> {
+    Permission::from_name(word).ok_or_else(|| {
+        let names = Permission::names();
+        let hint = match value::nearest(word, names.iter().copied()) {
+            Some(meant) => format!("did you mean '{meant}'?"),
+            None => format!("it is one of: {}", names.join(", ")),
+        };
+        Error::new(Kind::BadInput, format!("'{word}' is not something that can be allowed")).hint(hint)
+    })
+}
+
+#[cfg(test)]
+mod tests;

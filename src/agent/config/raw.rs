@@ -1,0 +1,123 @@
+//! The configuration as it was typed. Each key stands here once, each text with its place in the file, so that
+//! whatever turns out to be wrong with it later can still name its line.
+
+use serde::Deserialize;
+use toml::Spanned;
+
+pub type Text = Spanned<String>;
+pub type Number = Spanned<i64>;
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RawConfig {
+    pub host: RawHost,
+    pub listen: Option<RawListen>,
+    pub tls: Option<RawTls>,
+    pub repository: RawRepository,
+    #[serde(default)]
+    pub peer: Vec<RawPeer>,
+    #[serde(default)]
+    pub instance: Vec<RawInstance>,
+    #[serde(default)]
+    pub clone: RawClone,
+    #[serde(default)]
+    pub allow: Vec<RawAllow>,
+    #[serde(default)]
+    pub limits: RawLimits,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RawHost {
+    pub name: Text,
+    pub state_dir: Option<Text>,
+    pub control_socket: Option<Text>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RawListen {
+    pub address: Text,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RawTls {
+    pub ca: Text,
+    pub certificate: Text,
+    pub key: Text,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RawRepository {
+    pub url: Text,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RawPeer {
+    pub name: Text,
+    pub address: Text,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RawInstance {
+    pub name: Text,
+    pub engine: Text,
+    pub data_dir: Text,
+    pub bin_dir: Option<Text>,
+    pub socket_dir: Option<Text>,
+    pub port: Option<Number>,
+    pub user: Option<Text>,
+    pub database: Option<Text>,
+    pub run_as: Option<Text>,
+    pub ship: Option<Text>,
+    pub ship_every: Option<Text>,
+    pub slot_limit: Option<Text>,
+    pub backup: Option<RawBackup>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RawBackup {
+    pub schedule: Spanned<OneOrMany>,
+    pub keep_for: Option<Text>,
+    pub keep_at_least: Option<Number>,
+}
+
+/// One text, or a list of them.
+#[derive(Deserialize)]
+#[serde(untagged, expecting = "expected a text or a list of texts")]
+pub enum OneOrMany {
+    One(String),
+    Many(Vec<String>),
+}
+
+#[derive(Deserialize, Default)]
+#[serde(deny_unknown_fields)]
+pub struct RawClone {
+    pub data_root: Option<Text>,
+    pub bin_dir: Option<Text>,
+    pub ports: Option<Text>,
+    pub run_as: Option<Text>,
+    pub listen_addresses: Option<Text>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RawAllow {
+    pub who: Text,
+    pub may: Vec<Text>,
+    pub instances: Option<Vec<Text>>,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(deny_unknown_fields)]
+pub struct RawLimits {
+    pub ship_lanes: Option<Number>,
+    pub backup_lanes: Option<Number>,
+    pub clone_lanes: Option<Number>,
+    pub connections: Option<Number>,
+}

@@ -1,0 +1,399 @@
+use super::*;
+
+const SMALL: &str = "[host]\nname = \"a\"\n[repository]\nurl = \"file:///srv/keiki\"\n";
+const TLS: &str = "[tls]\nca = \"/t/ca.pem\"\ncertificate = \"/t/a.pem\"\nkey = \"/t/a.key\"\n";
+const INSTANCE: &str = "[[instance]]\nname = \"orders\"\nengine = \"postgres\"\ndata_dir = \"/pg\"\n";
+
+fn parse(text: &str) -> Result<Config> {
+    Config::parse(Path::new("/etc/keiki/keiki.toml"), text)
+}
+
+/// What the command line would print, without the name of the file.
+fn refusal(text: &str) -> String {
+    let error = parse(text).expect_err("this configuration should be refused");
+    assert!(matches!(error.kind(), Kind::BadInput | Kind::Unsupported), "{error:?}");
+    let message = error.message().strip_prefix("cannot read configuration '/etc/keiki/keiki.toml': ");
+    let message = message.expect("the message should name the file");
+    match error.hint_text() {
+        Some(hint) => format!("{message}\nhint: {hint}"),
+        None => message.to_string(),
+    }
+}
+
+#[test]
+fn the_smallest_configuration_gets_every_default() {
+    let config = parse(&format!("{SMALL}{INSTANCE}")).unwrap();
+    assert_eq!(config.host.control_socket, Path::new(CONTROL_SOCKET_DEFAULT));
+    assert_eq!(config.repository.url, RepositoryUrl::File("/srv/keiki".into()));
+    assert_eq!(config.clone.ports, 5500..=5599);
+    assert_eq!((config.listen, config.tls.clone()), (None, None));
+    let instance = config.instance("orders").unwrap();
+    assert_eq!(instance.ship, ShipMode::Slot);
+    assert_eq!(instance.ship_every, Duration::from_secs(5));
+    assert_eq!(instance.slot_limit_bytes, 16 << 30);
+    assert_eq!((instance.port, instance.user.as_str(), instance.run_as.as_str()), (5432, "postgres", "postgres"));
+    assert_eq!(instance.backup, None);
+}
+
+#[test]
+fn a_misspelt_key_is_named_with_its_line_and_the_key_that_was_meant() {
+    insta::assert_snapshot!(
+        refusal(&format!("{SMALL}{INSTANCE}ship_evry = \"5s\"\n")),
+        @r#"
+    line 9, key 'instance.ship_evry': there is no such key
+    hint: did you mean 'ship_every'?
+    "#
+    );
+    insta::assert_snapshot!(
+        refusal(&format!("{SMALL}[hosts]\n")),
+        @r#"
+    line 5, key 'hosts': there is no such key
+    hint: did you mean 'host'?
+    "#
+    );
+    insta::assert_snapshot!(
+        refusal(&format!("{SMALL}wal_level = 1\n")),
+        @r#"
+    line 5, key 'repository.wal_level': there is no such key
+    hint: known here: url
+    "#
+    );
+}
+
+#[test]
+fn a_value_that_makes_no_sense_is_named_with_its_line_and_key() {
+    insta::assert_snapshot!(
+        refusal(&format!("{SMALL}{INSTANCE}ship_every = \"soon\"\n")),
+        @r#"
+    line 9, key 'instance.ship_every': 'soon' is not a duration
+    hint: write a number with a unit, as in '5s', '10min', '12h' or '7d'
+    "#
+    );
+    insta::assert_snapshot!(
+        refusal(&format!("{SMALL}{INSTANCE}ship_every = \"1ms\"\n")),
+        @"line 9, key 'instance.ship_every': '1ms' is not from '100ms' to '1h'"
+    );
+    insta::assert_snapshot!(
+        refusal(&format!("{SMALL}{INSTANCE}ship = \"wal\"\n")),
+        @r#"
+    line 9, key 'instance.ship': 'wal' is not a way to ship
+    hint: write 'slot' (works on a stock server) or 'archive_command'
+    "#
+    );
+    insta::assert_snapshot!(
+        refusal(&format!("{SMALL}{INSTANCE}port = 70000\n")),
+        @"line 9, key 'instance.port': '70000' is not from 1 to 65535"
+    );
+    insta::assert_snapshot!(
+        refusal(&format!("{SMALL}{INSTANCE}slot_limit = \"16 gigs\"\n")),
+        @r#"
+    line 9, key 'instance.slot_limit': '16 gigs' is not a size
+    hint: write a number with a unit, as in '512MiB' or '16GiB'
+    "#
+    );
+    insta::assert_snapshot!(
+        refusal(&format!("{SMALL}{INSTANCE}run_as = \"\"\n")),
+        @"line 9, key 'instance.run_as': it must not be empty"
+    );
+    insta::assert_snapshot!(
+        refusal(&format!("{SMALL}{INSTANCE}[instance.backup]\nschedule = \"nightly\"\n")),
+        @r#"
+    line 10, key 'instance.backup.schedule': 'nightly' is not a backup window: it needs times and days
+    hint: write it like '02:00-08:00 daily', '22:00-04:00 mon-fri' or '01:00-05:00 sat,sun Europe/Berlin'
+    "#
+    );
+    insta::assert_snapshot!(
+        refusal(&format!("{SMALL}{INSTANCE}[instance.backup]\nschedule = []\n")),
+        @"line 10, key 'instance.backup.schedule': it names no window"
+    );
+    insta::assert_snapshot!(
+        refusal(&format!("{SMALL}[clone]\nports = \"5599-5500\"\n")),
+        @r#"
+    line 6, key 'clone.ports': '5599-5500' is not a range of ports
+    hint: write the first and the last port, as in '5500-5599'
+    "#
+    );
+    insta::assert_snapshot!(
+        refusal(&format!("{SMALL}[clone]\ndata_root = \"clones\"\n")),
+        @r#"
+    line 6, key 'clone.data_root': 'clones' is not an absolute path
+    hint: begin it with '/' and leave out '..': the agent has no current directory
+    "#
+    );
+}
+
+#[test]
+fn a_value_of_the_wrong_type_is_named_with_its_line_and_key() {
+    insta::assert_snapshot!(
+        refusal(&format!("{SMALL}{INSTANCE}ship_every = 5\n")),
+        @"line 9, key 'instance.ship_every': this is an integer '5', expected text in double quotes"
+    );
+    insta::assert_snapshot!(
+        refusal(&format!("{SMALL}{INSTANCE}port = \"5432\"\n")),
+        @r#"line 9, key 'instance.port': this is a string "5432", expected a whole number"#
+    );
+    insta::assert_snapshot!(
+        refusal(&format!("{SMALL}{INSTANCE}[instance.backup]\nschedule = 5\n")),
+        @"line 10, key 'instance.backup.schedule': expected a text or a list of texts"
+    );
+    insta::assert_snapshot!(
+        refusal(&format!("{SMALL}[[clone]]\nports = \"1-2\"\n")),
+        @"line 5, key 'clone': this is a map, expected text in double quotes"
+    );
+}
+
+#[test]
+fn a_missing_key_or_section_is_named() {
+    insta::assert_snapshot!(
+        refusal("[host]\nname = \"a\"\n"),
+        @"section 'repository' is missing"
+    );
+    insta::assert_snapshot!(
+        refusal(""),
+        @"section 'host' is missing"
+    );
+    insta::assert_snapshot!(
+        refusal(&format!("{SMALL}[[instance]]\nname = \"orders\"\nengine = \"postgres\"\n")),
+        @"line 5, section 'instance': key 'data_dir' is missing"
+    );
+    insta::assert_snapshot!(
+        refusal(&format!("{SMALL}{INSTANCE}[instance.backup]\nkeep_for = \"7d\"\n")),
+        @"line 9, section 'instance.backup': key 'schedule' is missing"
+    );
+}
+
+#[test]
+fn what_is_not_toml_is_named_with_its_line() {
+    insta::assert_snapshot!(
+        refusal("[host]\nname = db1\n"),
+        @r#"
+    line 2: string values must be quoted, expected literal string
+    hint: a line is 'key = value' with text in double quotes, or a [section]; see 'man 5 keiki.toml'
+    "#
+    );
+    insta::assert_snapshot!(
+        refusal("[host\nname = \"db1\"\n"),
+        @r#"
+    line 1: unclosed table, expected ']'
+    hint: a line is 'key = value' with text in double quotes, or a [section]; see 'man 5 keiki.toml'
+    "#
+    );
+    insta::assert_snapshot!(
+        refusal(&format!("{SMALL}[host]\nname = \"b\"\n")),
+        @r#"
+    line 5: duplicate key
+    hint: a [section] can stand there once, a [[section]] as often as there are such things
+    "#
+    );
+}
+
+#[test]
+fn a_repository_that_cannot_be_used_is_refused() {
+    let url = |url: &str| refusal(&format!("[host]\nname = \"a\"\n[repository]\nurl = \"{url}\"\n"));
+    insta::assert_snapshot!(
+        url("s3://backups/keiki"),
+        @r#"
+    line 4, key 'repository.url': 's3://backups/keiki': this version cannot keep a repository in S3
+    hint: use 'file:///srv/keiki' (a directory, a mounted share) or 'peer://HOST' (through another agent)
+    "#
+    );
+    insta::assert_snapshot!(
+        url("/srv/keiki"),
+        @r#"
+    line 4, key 'repository.url': '/srv/keiki' is not the URL of a repository
+    hint: use 'file:///srv/keiki' (a directory, a mounted share) or 'peer://HOST' (through another agent)
+    "#
+    );
+    insta::assert_snapshot!(
+        url("file://srv/keiki"),
+        @r#"
+    line 4, key 'repository.url': 'file://srv/keiki' does not name an absolute path
+    hint: write three slashes, as in 'file:///srv/keiki'
+    "#
+    );
+    insta::assert_snapshot!(
+        url("peer://b"),
+        @r#"
+    line 4, key 'repository.url': 'peer://b' names a host that is not a peer
+    hint: add a [[peer]] with name = "b" and its address
+    "#
+    );
+    let with_endpoint = "[host]\nname = \"a\"\n[repository]\nendpoint = \"https://s3\"\nurl = \"s3://x\"\n";
+    insta::assert_snapshot!(
+        refusal(with_endpoint),
+        @r#"
+    line 5, key 'repository.url': 's3://x': this version cannot keep a repository in S3
+    hint: use 'file:///srv/keiki' (a directory, a mounted share) or 'peer://HOST' (through another agent)
+    "#
+    );
+}
+
+#[test]
+fn names_that_appear_twice_are_refused_with_both_lines() {
+    insta::assert_snapshot!(
+        refusal(&format!("{SMALL}{INSTANCE}{INSTANCE}")),
+        @"line 10, key 'instance.name': 'orders' is there already, in line 6"
+    );
+    let other_name = INSTANCE.replace("orders", "stock");
+    insta::assert_snapshot!(
+        refusal(&format!("{SMALL}{INSTANCE}{other_name}")),
+        @"line 12, key 'instance.data_dir': '/pg' is there already, in line 8"
+    );
+    let peer = "[[peer]]\nname = \"b\"\naddress = \"b:7420\"\n";
+    insta::assert_snapshot!(
+        refusal(&format!("{SMALL}{TLS}{peer}{peer}")),
+        @"line 13, key 'peer.name': 'b' is there already, in line 10"
+    );
+}
+
+#[test]
+fn other_hosts_need_certificates_names_and_addresses() {
+    insta::assert_snapshot!(
+        refusal(&format!("{SMALL}[listen]\naddress = \"0.0.0.0:7420\"\n")),
+        @r#"
+    line 6, key 'listen.address': to listen to other hosts, a host needs a certificate
+    hint: add [tls] with 'ca', 'certificate' and 'key'; 'keiki ca init' and 'keiki ca issue' make them
+    "#
+    );
+    insta::assert_snapshot!(
+        refusal(&format!("{SMALL}{TLS}[listen]\naddress = \"7420\"\n")),
+        @r#"
+    line 10, key 'listen.address': '7420' is not a numeric address with a port
+    hint: write it like '0.0.0.0:7420', '10.0.0.1:7420' or '[::]:7420'
+    "#
+    );
+    insta::assert_snapshot!(
+        refusal(&format!("{SMALL}[[peer]]\nname = \"b\"\naddress = \"b:7420\"\n")),
+        @r#"
+    line 6, key 'peer.name': to talk to other hosts, a host needs a certificate
+    hint: add [tls] with 'ca', 'certificate' and 'key'; 'keiki ca init' and 'keiki ca issue' make them
+    "#
+    );
+    insta::assert_snapshot!(
+        refusal(&format!("{SMALL}{TLS}[[peer]]\nname = \"b\"\naddress = \"b\"\n")),
+        @r#"
+    line 11, key 'peer.address': 'b' is not an address with a port
+    hint: write it like 'db2.example.net:7420' or '10.0.0.2:7420'
+    "#
+    );
+    insta::assert_snapshot!(
+        refusal(&format!("{SMALL}{TLS}[[peer]]\nname = \"a\"\naddress = \"a:7420\"\n")),
+        @r#"
+    line 10, key 'peer.name': 'a' is this host itself
+    hint: leave it out, or is 'host.name' wrong?
+    "#
+    );
+    insta::assert_snapshot!(
+        refusal(&format!("{SMALL}{TLS}[[peer]]\nname = \"../b\"\naddress = \"b:1\"\n")),
+        @r#"
+    line 10, key 'peer.name': '../b' cannot be the name of a host
+    hint: use 1 to 63 letters, digits, '-' or '_', beginning with a letter or a digit
+    "#
+    );
+}
+
+#[test]
+fn a_rule_that_allows_nothing_known_is_refused() {
+    insta::assert_snapshot!(
+        refusal(&format!("{SMALL}[[allow]]\nwho = \"operator:*\"\nmay = [\"clones\"]\n")),
+        @r#"
+    line 7, key 'allow.may': 'clones' is not something that can be allowed
+    hint: did you mean 'clone'?
+    "#
+    );
+    insta::assert_snapshot!(
+        refusal(&format!("{SMALL}[[allow]]\nwho = \"operator:*\"\nmay = [\"root\"]\n")),
+        @r#"
+    line 7, key 'allow.may': 'root' is not something that can be allowed
+    hint: it is one of: status, backup, clone, accept, discard, job, ship, read-repository, write-repository
+    "#
+    );
+    insta::assert_snapshot!(
+        refusal(&format!("{SMALL}[[allow]]\nwho = \"ann\"\nmay = [\"clone\"]\n")),
+        @r#"
+    line 6, key 'allow.who': 'ann' does not say who may
+    hint: write 'operator:NAME' or 'host:NAME' as in the certificates; '*' stands for any name
+    "#
+    );
+}
+
+#[test]
+fn a_file_that_cannot_be_read_says_why() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("keiki.toml");
+    assert_eq!(Config::load(&path).unwrap_err().kind(), Kind::NotFound);
+    std::fs::write(&path, b"[host]\nname = \"\xff\"\n").unwrap();
+    let error = Config::load(&path).unwrap_err();
+    assert!(error.message().ends_with("line 2: this is not UTF-8 text"), "{error}");
+    assert!(Config::load(directory.path()).unwrap_err().message().ends_with("it is not a file of text"));
+    std::fs::write(&path, SMALL).unwrap();
+    assert_eq!(Config::load(&path).unwrap().host.name, "a");
+}
+
+fn sample() -> String {
+    std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("config/keiki.toml")).unwrap()
+}
+
+/// Goal: nobody reads about a key that does not exist, and no key exists that nobody reads about.
+/// Method: every section is asked for the keys that it knows, by giving it one that it cannot know.
+#[test]
+fn the_sample_file_shows_exactly_the_keys_that_exist() {
+    let sections = [
+        ("", "?"),
+        ("host", "[host]\n?"),
+        ("listen", "[listen]\n?"),
+        ("tls", "[tls]\n?"),
+        ("repository", "[repository]\n?"),
+        ("peer", "[[peer]]\n?"),
+        ("instance", "[[instance]]\n?"),
+        ("instance.backup", "[[instance]]\n[instance.backup]\n?"),
+        ("clone", "[clone]\n?"),
+        ("allow", "[[allow]]\n?"),
+        ("limits", "[limits]\n?"),
+    ];
+    let mut known = Vec::new();
+    for (section, text) in sections {
+        let error = toml::from_str::<raw::RawConfig>(&text.replace('?', "no-such-key = 1")).err().unwrap();
+        assert!(error.message().starts_with("unknown field"), "{section}: {}", error.message());
+        let prefix = if section.is_empty() { String::new() } else { format!("{section}.") };
+        known.extend(place::quoted(error.message()).skip(1).map(|key| format!("{prefix}{key}")));
+    }
+    known.sort();
+    let text = sample();
+    let tree = toml::de::DeTable::parse(&text).unwrap();
+    let mut shown = Vec::new();
+    place::visit(tree.get_ref(), "", &mut |_, key| shown.push(key.to_string()));
+    shown.sort();
+    shown.dedup();
+    assert_eq!(shown, known);
+}
+
+#[test]
+fn the_sample_file_is_a_good_configuration_and_shows_the_defaults() {
+    let config = parse(&sample()).unwrap();
+    let defaults = parse(&format!("{SMALL}{INSTANCE}")).unwrap();
+    assert_eq!(config.limits, defaults.limits);
+    assert_eq!(config.host.state_dir, defaults.host.state_dir);
+    assert_eq!(config.clone.data_root, defaults.clone.data_root);
+    assert_eq!(config.clone.ports, defaults.clone.ports);
+    let (shown, default) = (&config.instances[0], &defaults.instances[0]);
+    assert_eq!(
+        (shown.ship, shown.ship_every, shown.slot_limit_bytes, &shown.socket_dir, &shown.run_as),
+        (default.ship, default.ship_every, default.slot_limit_bytes, &default.socket_dir, &default.run_as)
+    );
+}
+
+#[test]
+fn every_key_of_the_sample_has_a_comment() {
+    let mut explained = false;
+    for line in sample().lines() {
+        let is_key = line.contains(" = ") && !line.starts_with('#');
+        explained = match line {
+            _ if line.starts_with('#') => true,
+            // A comment above a section or a group of keys speaks for all of it.
+            "" => false,
+            _ => explained,
+        };
+        assert!(!is_key || explained || line.contains('#'), "{line}");
+    }
+}
