@@ -6,6 +6,16 @@
 //! * `Create` puts succeed for exactly one of any number of racing writers, `IfMatch` puts likewise.
 //! * `list` returns keys in ascending byte order, starting after a given key, a page at a time.
 //! * Deleting what is not there succeeds.
+//! * A put or delete that fails with a temporary error may have happened all the same (its answer was lost); one that
+//!   fails otherwise has not. Who repeats a `Create` and meets `Conflict` compares the object with what it wanted.
+//! * A directory cannot hold an object `a` beside an object `a/b`; so no layout may use both. Such a store answers with
+//!   `Conflict`.
+
+pub mod faulty;
+pub mod fs;
+pub mod memory;
+pub mod peer;
+pub mod read;
 
 use std::fmt;
 use std::ops::Range;
@@ -20,7 +30,8 @@ use crate::error::{Error, Kind, Result};
 /// A body in pieces. An error ends it.
 pub type ByteStream = Pin<Box<dyn Stream<Item = Result<Bytes>> + Send>>;
 
-/// The name of an object: parts of letters, digits, `.`, `-` and `_`, joined by `/`; no part is `.` or `..`.
+/// The name of an object: parts of letters, digits, `.`, `-` and `_`, joined by `/`. No part begins with `.`: such names
+/// have a meaning in a directory (`..`, `.nfs0001`) and belong to the store itself.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Key(String);
 
@@ -32,8 +43,7 @@ impl Key {
     pub fn parse(text: &str) -> Result<Key> {
         let part_is_good = |part: &str| {
             !part.is_empty()
-                && part != "."
-                && part != ".."
+                && !part.starts_with('.')
                 && part.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'-' | b'_'))
         };
         if text.len() <= KEY_BYTES_MAX && text.split('/').all(part_is_good) {
@@ -105,4 +115,40 @@ pub trait Store: Send + Sync {
 
     /// Where this store is, for messages: `file:///srv/keiki`, `peer://a`.
     fn describe(&self) -> String;
+}
+
+/// What `put_stream` answers to a condition that it does not support.
+fn if_match_of_a_stream(key: &Key) -> Error {
+    Error::new(Kind::Internal, format!("cannot store '{key}': a stream cannot be stored under an if-match condition"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_text_that_is_safe_as_a_path_and_as_a_url_is_a_key() {
+        for good in ["a", "a/b", "0-A_z.tar/x..y", &"k".repeat(800)] {
+            assert_eq!(Key::parse(good).unwrap().as_str(), good);
+        }
+        for bad in [
+            "",
+            "/",
+            "/a",
+            "a/",
+            "a//b",
+            ".",
+            "..",
+            "a/../b",
+            ".tmp/x",
+            "a b",
+            "a\\b",
+            "a%2e",
+            "ä",
+            "a\0",
+            &"k".repeat(801),
+        ] {
+            assert_eq!(Key::parse(bad).unwrap_err().kind(), Kind::BadInput, "{bad:?}");
+        }
+    }
 }
