@@ -11,6 +11,8 @@ mod bytes;
 pub mod backup_label;
 pub mod control;
 pub mod history;
+pub mod page;
+pub mod relation_files;
 pub mod segment;
 pub mod tablespace_map;
 pub mod versions;

@@ -78,7 +78,6 @@ impl Fixture {
     }
 
     /// The first file of a table, with data checksums.
-    #[allow(dead_code)]
     pub fn relation(&self) -> Vec<u8> {
         self.compressed("relation")
     }
