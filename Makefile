@@ -59,3 +59,11 @@ story-postgres: install-test-servers ## the ledger: clones to many moments, each
 	$(CARGO) test --locked --test it -- --list 2>/dev/null | grep -c 'story_postgres.*: test$$' >/dev/null || \
 		{ echo "error: tests/it has no test called 'story_postgres'" >&2; exit 1; }; \
 	$(CARGO) test --locked --test it story_postgres -- --nocapture --test-threads=1
+
+.PHONY: deb
+deb: build ## build the Debian package
+	packaging/package.sh deb
+
+.PHONY: rpm
+rpm: build ## build the RPM package (needs rpmbuild)
+	packaging/package.sh rpm
