@@ -14,6 +14,9 @@
 //!   stepped over the header, 24 bytes or, at the start of a segment, 40. No record lies between the two numbers.
 
 pub mod cut;
+pub mod end;
+pub mod format;
+mod page_header;
 pub mod reader;
 pub mod record;
 pub mod summary;
@@ -22,6 +25,8 @@ pub mod summary;
 mod forge;
 
 pub use cut::{Cut, Cutter, Decision, Stop, zero_after};
-pub use reader::{End, EndReason, Record, Step, WalFormat, WalReader};
+pub use end::{End, EndReason};
+pub use format::WalFormat;
+pub use reader::{Record, Step, WalReader};
 pub use record::{Event, Transaction, decode};
 pub use summary::{Facts, Scanner};

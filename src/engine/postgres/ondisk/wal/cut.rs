@@ -10,7 +10,8 @@
 
 use jiff::Timestamp;
 
-use super::reader::{Record, WalFormat};
+use super::format::WalFormat;
+use super::reader::Record;
 use super::record::Event;
 use super::summary::Facts;
 use crate::model::position::Lsn;
@@ -148,7 +149,8 @@ pub fn zero_after(bytes: &mut [u8], start: Lsn, keep_until: Lsn) {
 #[cfg(test)]
 mod tests {
     use super::super::super::fixtures::{self, Fixture};
-    use super::super::reader::{EndReason, Step, WalReader};
+    use super::super::end::EndReason;
+    use super::super::reader::{Step, WalReader};
     use super::super::record::decode;
     use super::*;
 

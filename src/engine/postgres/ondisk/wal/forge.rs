@@ -1,7 +1,7 @@
 //! Writes log as a server does, for tests: any version, any page size, records of any length, crashes included.
 
 use super::super::versions::Major;
-use super::reader::{LONG_PAGE_HEADER_BYTES, SHORT_PAGE_HEADER_BYTES, WalFormat};
+use super::format::{LONG_PAGE_HEADER_BYTES, SHORT_PAGE_HEADER_BYTES, WalFormat};
 use crate::engine::postgres::ondisk::segment::SegmentSize;
 use crate::model::position::Lsn;
 

@@ -12,20 +12,15 @@
 //! that `record` decodes; everything else is checksummed and dropped. Memory grows only with bytes that arrived, and
 //! never beyond `KEPT_BODY_BYTES`.
 
-use std::fmt;
-
-use super::super::bytes::{array_at, u16_at, u32_at, u64_at};
-use super::super::control::ControlFile;
-use super::super::segment::SegmentSize;
-use super::super::versions::Major;
+use super::super::bytes::{array_at, u32_at, u64_at};
+use super::end::{End, EndReason};
+use super::format::{LONG_PAGE_HEADER_BYTES, WalFormat};
+use super::page_header::PageHeader;
 use crate::error::{Error, Kind, Result};
 use crate::model::position::Lsn;
 
 /// The header that each record begins with (SizeOfXLogRecord).
 pub const RECORD_HEADER_BYTES: usize = 24;
-/// The header of a page, and that of the first page of a segment (SizeOfXLogShortPHD, SizeOfXLogLongPHD).
-pub const SHORT_PAGE_HEADER_BYTES: usize = 24;
-pub const LONG_PAGE_HEADER_BYTES: usize = 40;
 
 /// The longest record that any supported server can have written: its memory allocator's limit (MaxAllocSize).
 /// Since 16 the server itself stops four megabytes earlier (XLogRecordMaxSize).
@@ -39,53 +34,6 @@ const SPARE_BUFFER_BYTES: usize = 1 << 20;
 
 /// Records begin at multiples of this (MAXIMUM_ALIGNOF).
 const ALIGNMENT: u64 = 8;
-
-mod page_flag {
-    pub const FIRST_IS_CONTINUATION: u16 = 0x0001;
-    pub const LONG_HEADER: u16 = 0x0002;
-    pub const FIRST_IS_OVERWRITE: u16 = 0x0008;
-    pub const ALL: u16 = 0x000f;
-}
-
-/// What has to be known about a server to read its log.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct WalFormat {
-    pub major: Major,
-    pub segment_size: SegmentSize,
-    /// The size of a WAL page, in bytes; 8192 unless the server was built otherwise.
-    pub page_bytes: u32,
-    /// Checked on the first page of each segment, if it is known.
-    pub system_identifier: Option<u64>,
-}
-
-impl WalFormat {
-    /// The format of the log that belongs to a data directory.
-    pub fn of(control: &ControlFile) -> WalFormat {
-        WalFormat {
-            major: control.major,
-            segment_size: control.wal_segment_size,
-            page_bytes: control.wal_block_size,
-            system_identifier: Some(control.system_identifier),
-        }
-    }
-
-    fn page_offset(&self, position: u64) -> u64 {
-        position % u64::from(self.page_bytes)
-    }
-
-    /// The length of the header of the page that begins at `page`.
-    fn page_header_bytes(&self, page: u64) -> usize {
-        if self.segment_size.offset_of(Lsn(page)) == 0 { LONG_PAGE_HEADER_BYTES } else { SHORT_PAGE_HEADER_BYTES }
-    }
-
-    /// Where a record begins that follows a record with this `next`: behind the page header, if a page begins there.
-    pub fn start_after(&self, next: Lsn) -> Lsn {
-        match self.page_offset(next.0) {
-            0 => Lsn(next.0.saturating_add(self.page_header_bytes(next.0) as u64)),
-            _ => next,
-        }
-    }
-}
 
 /// One record whose checksum was right. What its positions mean is said in the module `wal`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -115,87 +63,6 @@ pub enum Step<'a> {
     NeedMore,
     /// There is no further valid record.
     End(End),
-}
-
-/// Where and why the valid log ends.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct End {
-    /// The `next` of the last valid record; where reading began, if there was none.
-    pub valid_until: Lsn,
-    /// The page or record that is not right.
-    pub at: Lsn,
-    pub reason: EndReason,
-}
-
-/// What is not right there.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum EndReason {
-    /// Zeros follow: nothing was written there.
-    Zeros,
-    /// A page of an earlier life of the file: the server recycles segments without clearing them.
-    Recycled,
-    WrongPageMagic(u16),
-    WrongPageFlags(u16),
-    WrongPageAddress(Lsn),
-    WrongSystemIdentifier(u64),
-    WrongSegmentSize(u32),
-    WrongPageSize(u32),
-    /// A page of an older timeline after one of a newer, or of a newer one than is wanted.
-    WrongTimeline(u32),
-    /// A page continues a record, but no record was unfinished.
-    UnexpectedContinuation,
-    /// A record is unfinished, but the next page does not continue it, or at another place.
-    MissingContinuation,
-    /// The mark of a record that was given up names another one.
-    WrongOverwrite,
-    WrongLength(u32),
-    WrongResourceManager(u8),
-    WrongPrevious(Lsn),
-    WrongChecksum,
-}
-
-impl EndReason {
-    /// Whether the log of a running or crashed server ends like this as a matter of course. Everything else may be
-    /// such an end too (a torn write), or damage: inside a sealed segment it is always damage, and so are zeros.
-    pub fn is_ordinary(self) -> bool {
-        matches!(self, EndReason::Zeros | EndReason::Recycled)
-    }
-}
-
-impl fmt::Display for EndReason {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            EndReason::Zeros => f.write_str("nothing was written there"),
-            EndReason::Recycled => f.write_str("an older page lies there"),
-            EndReason::WrongPageMagic(magic) => match Major::from_wal_page_magic(*magic) {
-                Some(major) => write!(f, "the page was written by PostgreSQL {major}"),
-                None => write!(f, "the page begins with {magic:#06x}"),
-            },
-            EndReason::WrongPageFlags(flags) => write!(f, "the page has the flags {flags:#06x}"),
-            EndReason::WrongPageAddress(address) => write!(f, "the page says it is {address}"),
-            EndReason::WrongSystemIdentifier(id) => write!(f, "the page belongs to the system {id}"),
-            EndReason::WrongSegmentSize(bytes) => write!(f, "the page belongs to segments of {bytes} bytes"),
-            EndReason::WrongPageSize(bytes) => write!(f, "the page belongs to pages of {bytes} bytes"),
-            EndReason::WrongTimeline(timeline) => write!(f, "the page belongs to timeline {timeline}"),
-            EndReason::UnexpectedContinuation => f.write_str("the page continues a record that did not begin"),
-            EndReason::MissingContinuation => f.write_str("the record is not continued on the next page"),
-            EndReason::WrongOverwrite => f.write_str("the record does not name the one that it replaces"),
-            EndReason::WrongLength(bytes) => write!(f, "the record says it has {bytes} bytes"),
-            EndReason::WrongResourceManager(id) => write!(f, "the record belongs to resource manager {id}"),
-            EndReason::WrongPrevious(lsn) => write!(f, "the record says it follows the one at {lsn}"),
-            EndReason::WrongChecksum => f.write_str("the checksum of the record is wrong"),
-        }
-    }
-}
-
-impl End {
-    /// The error for a log that should have gone on.
-    pub fn into_error(self) -> Error {
-        Error::new(
-            Kind::Damaged,
-            format!("the log ends at '{}': cannot read what lies at '{}': {}", self.valid_until, self.at, self.reason),
-        )
-    }
 }
 
 /// What the reader expects next.
@@ -429,81 +296,44 @@ impl WalReader {
     }
 
     fn check_page(&mut self, header: &[u8]) -> Result<(), EndReason> {
-        if header.iter().all(|byte| *byte == 0) {
-            return Err(self.at_unfinished_record(EndReason::Zeros));
+        let page =
+            PageHeader::read(header, self.at, &self.format).map_err(|reason| self.at_unfinished_record(reason))?;
+        let goes_back = self.page_timeline.is_some_and(|last| page.timeline < last);
+        if page.timeline == 0 || page.timeline > self.newest_timeline || goes_back {
+            return Err(EndReason::WrongTimeline(page.timeline));
         }
-        let magic = u16_at(header, 0).unwrap_or_default();
-        if magic != self.format.major.wal_page_magic() {
-            return Err(EndReason::WrongPageMagic(magic));
-        }
-        let flags = u16_at(header, 2).unwrap_or_default();
-        let long = header.len() == LONG_PAGE_HEADER_BYTES;
-        if flags & !page_flag::ALL != 0 || (flags & page_flag::LONG_HEADER != 0) != long {
-            return Err(EndReason::WrongPageFlags(flags));
-        }
-        if long {
-            self.check_long_header(header)?;
-        }
-        let address = u64_at(header, 8).unwrap_or_default();
-        if address != self.at {
-            return Err(if address < self.at {
-                self.at_unfinished_record(EndReason::Recycled)
-            } else {
-                EndReason::WrongPageAddress(Lsn(address))
-            });
-        }
-        let timeline = u32_at(header, 4).unwrap_or_default();
-        if timeline == 0 || timeline > self.newest_timeline || self.page_timeline.is_some_and(|last| timeline < last) {
-            return Err(EndReason::WrongTimeline(timeline));
-        }
-        self.page_timeline = Some(timeline);
-        self.continue_into_page(flags, u64::from(u32_at(header, 16).unwrap_or_default()))
+        self.page_timeline = Some(page.timeline);
+        self.continue_into_page(&page)
     }
 
     /// A log that stops between records ends as a matter of course; inside a record its rest is missing.
     fn at_unfinished_record(&self, reason: EndReason) -> EndReason {
         match self.phase {
-            Phase::Header { .. } | Phase::Body { .. } => EndReason::MissingContinuation,
+            Phase::Header { .. } | Phase::Body { .. } if reason.is_ordinary() => EndReason::MissingContinuation,
             _ => reason,
         }
     }
 
-    fn check_long_header(&self, header: &[u8]) -> Result<(), EndReason> {
-        let system_identifier = u64_at(header, 24).unwrap_or_default();
-        if self.format.system_identifier.is_some_and(|expected| expected != system_identifier) {
-            return Err(EndReason::WrongSystemIdentifier(system_identifier));
-        }
-        let segment_size = u32_at(header, 32).unwrap_or_default();
-        if segment_size != self.format.segment_size.bytes() {
-            return Err(EndReason::WrongSegmentSize(segment_size));
-        }
-        match u32_at(header, 36).unwrap_or_default() {
-            page_bytes if page_bytes == self.format.page_bytes => Ok(()),
-            page_bytes => Err(EndReason::WrongPageSize(page_bytes)),
-        }
-    }
-
     /// Matches what the page header says about its first bytes with what was read before.
-    fn continue_into_page(&mut self, flags: u16, continued: u64) -> Result<(), EndReason> {
-        let is_continuation = flags & page_flag::FIRST_IS_CONTINUATION != 0;
-        if flags & page_flag::FIRST_IS_OVERWRITE != 0 {
+    fn continue_into_page(&mut self, page: &PageHeader) -> Result<(), EndReason> {
+        if page.gives_record_up {
             // The server crashed inside a record and gave it up when it started again.
             if matches!(self.phase, Phase::Header { .. } | Phase::Body { .. }) {
                 self.overwritten = Some(self.start);
             }
             self.phase = Phase::Boundary;
-            return if is_continuation { Err(EndReason::WrongPageFlags(flags)) } else { Ok(()) };
+            return Ok(());
         }
         let expected = match self.phase {
-            Phase::Fresh if is_continuation => {
-                self.phase = Phase::SkipContinuation { remaining: continued };
-                return if continued == 0 { Err(EndReason::MissingContinuation) } else { Ok(()) };
+            Phase::Fresh if page.continues_record => {
+                self.phase = Phase::SkipContinuation { remaining: page.continued_bytes };
+                return if page.continued_bytes == 0 { Err(EndReason::MissingContinuation) } else { Ok(()) };
             }
             Phase::Fresh => {
                 self.phase = Phase::Boundary;
                 return Ok(());
             }
-            Phase::Boundary if is_continuation => return Err(EndReason::UnexpectedContinuation),
+            Phase::Boundary if page.continues_record => return Err(EndReason::UnexpectedContinuation),
             Phase::Boundary => return Ok(()),
             Phase::SkipContinuation { remaining } | Phase::Body { remaining } => remaining,
             Phase::Header { have } => {
@@ -512,7 +342,10 @@ impl WalReader {
             }
             Phase::SkipSegment { .. } | Phase::Ended(_) => return Ok(()),
         };
-        if is_continuation && continued == expected { Ok(()) } else { Err(EndReason::MissingContinuation) }
+        match page.continues_record && page.continued_bytes == expected {
+            true => Ok(()),
+            false => Err(EndReason::MissingContinuation),
+        }
     }
 
     /// Goes on inside an open page.

@@ -3,7 +3,9 @@
 use jiff::Timestamp;
 
 use super::super::control::{RecoveryParameters, WalLevel};
-use super::reader::{End, Record, Step, WalFormat, WalReader};
+use super::end::End;
+use super::format::WalFormat;
+use super::reader::{Record, Step, WalReader};
 use super::record::{Event, decode};
 use crate::error::Result;
 use crate::model::position::Lsn;

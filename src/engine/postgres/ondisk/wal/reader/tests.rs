@@ -2,6 +2,7 @@ use proptest::prelude::*;
 
 use super::super::super::fixtures;
 use super::super::super::segment::SegmentSize;
+use super::super::super::versions::Major;
 use super::super::forge::{self, Forge};
 use super::super::record::decode;
 use super::*;
