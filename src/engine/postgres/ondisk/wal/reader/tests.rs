@@ -253,6 +253,26 @@ fn a_record_that_was_given_up_is_passed_over_only_if_its_successor_names_it() {
 }
 
 #[test]
+fn a_record_that_follows_another_one_than_was_read_ends_the_log() {
+    let format = forge::format(Major::V15);
+    let mut log = Forge::new(format, 1);
+    let first = log.write(10, 0, 1, &[1; 50]);
+    // Valid in itself: what a recycled page or a file of another server's log looks like.
+    log.previous = Lsn(first.start.0 - 8);
+    let second = log.write(10, 0, 1, &[1; 50]);
+    let (records, end) = read(format, log.start, &log.bytes);
+    let end = end.unwrap();
+    assert_eq!((records.len(), end.at), (1, second.start));
+    assert_eq!(end.reason, EndReason::WrongPrevious(Lsn(first.start.0 - 8)));
+
+    let from = (second.start.0 - log.start.0) as usize;
+    let reader = WalReader::new(format, second.start).unwrap().with_previous(first.start);
+    assert!(read_pieces(reader, std::iter::once(&log.bytes[from..])).0.is_empty());
+    // Without knowledge of the record before, it only has to lie before.
+    assert_eq!(read(format, second.start, &log.bytes[from..]).0.len(), 1);
+}
+
+#[test]
 fn a_torn_record_without_a_successor_ends_the_log_before_it() {
     let mut log = Forge::new(forge::format(Major::V15), 1);
     let last = log.write(10, 0, 1, &[1; 50]);
