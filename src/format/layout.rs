@@ -75,8 +75,7 @@ pub fn work_key(incarnation: IncarnationId, job: JobId) -> String {
 pub fn check_log_file_name(name: &str) -> Result<()> {
     let is_good = !name.is_empty()
         && name.len() <= LOG_FILE_NAME_BYTES_MAX
-        && name != "."
-        && name != ".."
+        && !name.starts_with('.')
         && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'-' | b'_'));
     if is_good {
         return Ok(());
@@ -145,7 +144,7 @@ mod tests {
 
     #[test]
     fn names_of_log_files_cannot_lead_elsewhere() {
-        for bad in ["", ".", "..", "a/b", "../lease.json", "a b", "ä", &"x".repeat(129)] {
+        for bad in ["", ".", "..", ".tmp", "a/b", "../lease.json", "a b", "ä", &"x".repeat(129)] {
             assert_eq!(sealed_log_key(incarnation(), bad).unwrap_err().kind(), Kind::BadInput, "{bad}");
         }
     }
