@@ -4,3 +4,4 @@
 pub mod access;
 pub mod api;
 pub mod tls;
+pub mod wire;
