@@ -3,5 +3,6 @@
 
 pub mod access;
 pub mod api;
+pub mod ca;
 pub mod tls;
 pub mod wire;
