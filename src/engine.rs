@@ -20,7 +20,11 @@ use crate::model::log::{LogFile, LogSummary};
 use crate::model::position::Position;
 use crate::model::target::Target;
 
+pub mod fake;
+pub mod geometry;
 pub mod postgres;
+
+pub use geometry::{LogGeometry, log_geometry};
 
 /// What a server says about itself.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -168,6 +172,9 @@ pub trait Engine: Send + Sync {
 
     /// What is wrong or risky with this server as a source: settings, permissions, slots. For `doctor`.
     async fn check_source(&self) -> Result<Vec<CheckItem>>;
+
+    /// The arithmetic of this server's log files. Works while the server is down.
+    async fn log_geometry(&self) -> Result<Arc<dyn LogGeometry>>;
 
     /// Directories in which something happens when there is new log.
     fn log_directories(&self) -> Vec<PathBuf>;

@@ -17,6 +17,7 @@ use crate::model::job::{Order, ProgressUnit};
 
 mod drive;
 pub mod journal;
+pub mod ports;
 pub mod records;
 pub mod restart;
 pub mod runner;

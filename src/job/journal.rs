@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use crate::base::durable::{create_dir_all_durable, remove_file_durable};
 use crate::base::journal::Journal;
 use crate::error::{Context, Error, Kind, Result};
-use crate::job::records::{EndRecord, FORMAT, Record};
+use crate::job::records::{EndRecord, ErrorRecord, FORMAT, Record};
 use crate::model::id::JobId;
 use crate::model::job::{JobReport, JobState, StepReport, StepState};
 
@@ -83,7 +83,7 @@ impl History {
             Record::StepFailed { at, step, note, said, error } => {
                 let step = self.step(step)?;
                 (step.state, step.ended_at, step.note) = (StepState::Failed, Some(at.0), note.clone());
-                self.report.error = Some(error.clone().into());
+                self.report.error = Some(error.to_error());
                 self.say(said);
             }
             Record::Held { .. } => self.report.state = JobState::Held,
@@ -99,7 +99,7 @@ impl History {
                     EndRecord::Cancelled => JobState::Cancelled,
                 };
                 self.report.ended_at = Some(at.0);
-                self.report.error = error.clone().map(Error::from);
+                self.report.error = error.as_ref().map(ErrorRecord::to_error);
                 // A cancellation that did not succeed may be asked for again, or the job resumed.
                 self.cancel_asked = false;
             }
@@ -229,7 +229,7 @@ fn load(path: &Path) -> Result<Option<History>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::job::records::{ErrorRecord, Instant, OrderRecord, SaidRecord, StepRecord, UnitRecord};
+    use crate::job::records::{Instant, OrderRecord, SaidRecord, StepRecord, UnitRecord};
     use crate::model::backup::BackupKind;
     use crate::model::job::{Order, Task};
 

@@ -200,11 +200,12 @@ impl From<&Error> for ErrorRecord {
     }
 }
 
-impl From<ErrorRecord> for Error {
-    fn from(record: ErrorRecord) -> Error {
-        let error = Error::new(Kind::from_name(&record.kind), record.message);
-        match record.hint {
-            Some(hint) => error.hint(hint),
+impl ErrorRecord {
+    /// The error that was recorded. Not a `From`: a second one into `Error` would make every `?` ambiguous.
+    pub fn to_error(&self) -> Error {
+        let error = Error::new(Kind::from_name(&self.kind), self.message.clone());
+        match &self.hint {
+            Some(hint) => error.hint(hint.clone()),
             None => error,
         }
     }

@@ -177,7 +177,7 @@ impl JobRunner {
     /// All jobs, newest first.
     pub fn list(&self) -> Vec<JobReport> {
         let mut reports: Vec<JobReport> = self.all().iter().map(|job| job.report()).collect();
-        reports.sort_by(|one, other| (other.began_at, other.order.id).cmp(&(one.began_at, one.order.id)));
+        reports.sort_by_key(|report| std::cmp::Reverse((report.began_at, report.order.id)));
         reports
     }
 
@@ -407,3 +407,6 @@ fn same_order(known: &JobReport, order: &Order) -> Result<JobReport> {
         .hint("give a changed order an id of its own")),
     }
 }
+
+#[cfg(test)]
+mod tests;

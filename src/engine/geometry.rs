@@ -1,0 +1,34 @@
+//! Where the files of a log lie in it: arithmetic on names, without looking at any file.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use crate::engine::fake::geometry::FakeGeometry;
+use crate::engine::postgres::geometry::WalGeometry;
+use crate::error::Result;
+use crate::model::engine_kind::EngineKind;
+use crate::model::position::Position;
+
+/// Names and positions of the log files of one incarnation. Pure.
+pub trait LogGeometry: Send + Sync {
+    /// The position of the first byte of a log file, and the position after its first `bytes`. Nothing for a companion
+    /// (a timeline history), which carries no log of its own.
+    fn span(&self, name: &str, bytes: u64) -> Result<Option<(Position, Position)>>;
+
+    /// The name of the file that follows a log file in the same life.
+    fn next_file(&self, name: &str) -> Result<String>;
+
+    /// The name of the file that holds the byte before `position`: where a log that ends there ends.
+    fn file_before(&self, position: Position) -> Result<String>;
+
+    /// The size that every sealed log file has, if the engine's files are all of one size.
+    fn sealed_bytes(&self) -> Option<u64>;
+}
+
+/// The geometry of the log that belongs to a backup, from the engine's facts in it (`Backup::engine_facts`).
+pub fn log_geometry(kind: EngineKind, facts: &BTreeMap<String, String>) -> Result<Arc<dyn LogGeometry>> {
+    match kind {
+        EngineKind::Postgres => Ok(Arc::new(WalGeometry::from_facts(facts)?)),
+        EngineKind::Fake => Ok(Arc::new(FakeGeometry)),
+    }
+}
