@@ -378,6 +378,16 @@ mod tests {
         ChildCommand::new("/bin/sh").args(["-c", script])
     }
 
+    async fn eventually(condition: impl Fn() -> bool) {
+        for _ in 0..4000 {
+            if condition() {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        panic!("it does not happen");
+    }
+
     async fn output(command: ChildCommand) -> String {
         let finished = command.run_checked(&CancellationToken::new()).await.unwrap();
         String::from_utf8(finished.stdout).unwrap()
@@ -428,9 +438,7 @@ mod tests {
         assert!(!process.is_alive());
         assert!(!process.signal(Signal::SIGTERM).unwrap());
         // The group is gone when nobody in it can be signalled.
-        while killpg(Pid::from_raw(process.pid as i32), None).is_ok() {
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
+        eventually(|| killpg(Pid::from_raw(process.pid as i32), None).is_err()).await;
     }
 
     #[tokio::test]
@@ -438,9 +446,7 @@ mod tests {
         let dropped = shell("sleep 60").spawn().unwrap();
         let process = dropped.process();
         drop(dropped);
-        while process.is_alive() {
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
+        eventually(|| !process.is_alive()).await;
         let process = shell("sleep 60").spawn().unwrap().detach();
         tokio::time::sleep(Duration::from_millis(20)).await;
         assert!(process.is_alive());

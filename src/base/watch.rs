@@ -150,10 +150,13 @@ mod tests {
         let mut watch = watch_of(directory.path());
         std::fs::hard_link(other.path().join("a"), directory.path().join("linked")).unwrap();
         assert!(told(&mut watch, 10).await);
+        std::fs::hard_link(other.path().join("a"), directory.path().join("again")).unwrap();
         std::fs::rename(other.path().join("a"), directory.path().join("a")).unwrap();
-        std::fs::write(directory.path().join("b"), b"x").unwrap();
         assert!(told(&mut watch, 10).await);
         assert!(tokio::time::timeout(Duration::from_millis(100), watch.changed()).await.is_err(), "told twice");
+        // Not counted: a child that another test starts at this moment may hold the file open a little longer.
+        std::fs::write(directory.path().join("b"), b"x").unwrap();
+        assert!(told(&mut watch, 10).await);
     }
 
     #[tokio::test]

@@ -130,3 +130,102 @@ async fn puts_survive_deletions_that_remove_their_directory() {
     }
     deleting.await.unwrap();
 }
+
+/// Writes for ever, so that it can be killed at any moment. Does nothing unless a test starts it with a directory.
+#[tokio::test]
+async fn writer_to_be_killed() {
+    let Ok(root) = std::env::var("KEIKI_TEST_KILLED_WRITER") else { return };
+    let store = FsStore::open(Path::new(&root)).unwrap();
+    for round in 0u64.. {
+        let body = || noise(300_000, round % 200);
+        store.put(&key("state"), body(), PutCondition::Replace).await.unwrap();
+        let name = key(&format!("packs/{}/{round}", round % 7));
+        store.put_stream(&name, body_from_bytes(body()), PutCondition::Create).await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_writer_killed_at_any_moment_leaves_whole_objects_only() {
+    let wanted: Vec<Bytes> = (0..200).map(|round| noise(300_000, round)).collect();
+    let mut seen = 0;
+    for kill_after_millis in [30, 45, 60, 80, 110, 150, 200] {
+        let fixture = directory();
+        let root = fixture.directory.as_ref().unwrap().path();
+        let mut writer = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "store_contract::directory::writer_to_be_killed"])
+            .env("KEIKI_TEST_KILLED_WRITER", root)
+            .stdout(std::process::Stdio::null())
+            .spawn()
+            .unwrap();
+        while !root.join("state").exists() {
+            assert!(writer.try_wait().unwrap().is_none(), "the writer ended by itself");
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        tokio::time::sleep(Duration::from_millis(kill_after_millis)).await;
+        writer.kill().unwrap();
+        writer.wait().unwrap();
+        let store = FsStore::open(root).unwrap();
+        for object in store.list("", None, 1000).await.unwrap() {
+            let bytes = read_all(&store, &object.key, 1 << 20).await.unwrap();
+            assert!(wanted.contains(&bytes), "'{}' is torn: {} bytes", object.key, bytes.len());
+            seen += 1;
+        }
+        store.put(&key("state"), noise(1, 1), PutCondition::Replace).await.unwrap();
+    }
+    assert!(seen > 20, "only {seen} objects were written before the kills");
+}
+
+/// Runs `test` on a thread that sees a file system of one MiB at the path it gets. Nothing else of this machine sees it,
+/// and it goes with the thread. False if this process may not mount.
+fn on_a_small_disk(test: impl FnOnce(&Path) + Send) -> bool {
+    use nix::mount::{MsFlags, mount};
+    let outer = tempfile::tempdir().unwrap();
+    std::thread::scope(|scope| {
+        let thread = scope.spawn(|| {
+            if nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).is_err() {
+                return false;
+            }
+            let none = None::<&str>;
+            mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).unwrap();
+            mount(Some("small"), outer.path(), Some("tmpfs"), MsFlags::empty(), Some("size=1m")).unwrap();
+            test(outer.path());
+            true
+        });
+        thread.join().unwrap()
+    })
+}
+
+#[test]
+fn a_full_disk_and_a_read_only_one_are_told_with_a_hint_and_keep_what_is_there() {
+    let was_tried = on_a_small_disk(|root| {
+        // Its blocking threads are started from this thread, so they see the same disk.
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let store = FsStore::open(root).unwrap();
+            store.put(&key("a"), noise(1000, 1), PutCondition::Create).await.unwrap();
+            let big = || noise(2 << 20, 2);
+            let full = store.put(&key("a"), big(), PutCondition::Replace).await.unwrap_err();
+            let streamed = store.put_stream(&key("b"), body_from_bytes(big()), PutCondition::Create).await.unwrap_err();
+            for error in [full, streamed] {
+                assert_eq!(error.kind(), Kind::Full);
+                assert!(error.hint_text().unwrap().contains("MiB free"), "{error:?}");
+            }
+            assert!(unfinished(root).is_empty());
+            assert_eq!(read_all(&store, &key("a"), 1000).await.unwrap(), noise(1000, 1));
+            store.put(&key("a"), noise(1000, 3), PutCondition::Replace).await.unwrap();
+
+            let none = None::<&str>;
+            let read_only = nix::mount::MsFlags::MS_REMOUNT | nix::mount::MsFlags::MS_RDONLY;
+            nix::mount::mount(none, root, none, read_only, none).unwrap();
+            let store = FsStore::open(root).unwrap();
+            assert_eq!(read_all(&store, &key("a"), 1000).await.unwrap(), noise(1000, 3));
+            let error = store.put(&key("c"), noise(1, 1), PutCondition::Create).await.unwrap_err();
+            assert_eq!(error.kind(), Kind::Forbidden);
+            assert!(error.hint_text().unwrap().contains("must be writable"), "{error:?}");
+            assert_eq!(store.delete(&[key("a")]).await.unwrap_err().kind(), Kind::Forbidden);
+        });
+    });
+    if !was_tried {
+        println!("not tried: this process may not mount a file system");
+    }
+}
