@@ -1,3 +1,7 @@
 //! One binary for all integration tests.
 
+mod support;
+
+mod postgres_backup;
+mod postgres_source;
 mod store_contract;
