@@ -4,13 +4,18 @@
 //! an incarnation but by the holder of its lease. What a reader follows is published last and deleted first. Memory is
 //! bounded by constants and by the number of log files, never by the size of data.
 
+pub mod backup_reader;
+pub mod backup_writer;
 pub mod incarnations;
 pub mod lease;
 pub mod log_catalogue;
 pub mod log_reader;
 pub mod log_writer;
+mod manifest_spool;
 mod objects;
 pub mod repository;
+pub mod restore_plan;
 #[cfg(test)]
 mod test_site;
+mod upload;
 pub mod window;

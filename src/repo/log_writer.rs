@@ -10,7 +10,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use bytes::Bytes;
-use futures_util::stream;
 use tokio::sync::mpsc;
 
 use crate::base::bulk::run_on_thread;
@@ -25,7 +24,8 @@ use crate::repo::lease::LeaseKeeper;
 use crate::repo::log_catalogue::{LogCatalogue, log_object};
 use crate::repo::objects::{object_key, open_object};
 use crate::repo::repository::Repository;
-use crate::store::{ByteStream, Key, PutCondition};
+use crate::repo::upload::{Piece, body};
+use crate::store::{Key, PutCondition};
 
 /// Log compresses tenfold at level 1, faster than any network takes it.
 const ZSTD_LEVEL: i32 = 1;
@@ -208,26 +208,6 @@ impl Drop for SetOnDrop {
     fn drop(&mut self) {
         self.0.store(true, Ordering::Relaxed);
     }
-}
-
-/// What the compressing thread sends. A channel that ends without `Last` is a body that is not complete.
-enum Piece {
-    More(Bytes),
-    Last(Bytes),
-    Failed(Error),
-}
-
-/// The body of the object: the last piece only goes out while the lease is held.
-fn body(receiver: mpsc::Receiver<Piece>, lease: Arc<LeaseKeeper>) -> ByteStream {
-    Box::pin(stream::unfold(Some((receiver, lease)), |state| async move {
-        let (mut receiver, lease) = state?;
-        match receiver.recv().await {
-            Some(Piece::More(bytes)) => Some((Ok(bytes), Some((receiver, lease)))),
-            Some(Piece::Last(bytes)) => Some((lease.check().map(|()| bytes), None)),
-            Some(Piece::Failed(error)) => Some((Err(error), None)),
-            None => Some((Err(Error::new(Kind::Cancelled, "archiving was stopped")), None)),
-        }
-    }))
 }
 
 /// The thread between the source and the store.
