@@ -23,6 +23,8 @@
 pub mod container;
 pub mod document;
 pub mod frame;
+#[cfg(test)]
+mod golden;
 mod instant;
 pub mod layout;
 pub mod manifest;

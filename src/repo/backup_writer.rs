@@ -63,6 +63,7 @@ pub struct BackupWriter {
     manifest_key: Key,
     backup: BackupId,
     finished: Mutex<Option<FinishedManifest>>,
+    is_published: AtomicBool,
 }
 
 /// What lanes have in common.
@@ -125,6 +126,7 @@ impl BackupWriter {
             manifest_key,
             backup: options.backup,
             finished: Mutex::default(),
+            is_published: AtomicBool::new(false),
         })
     }
 
@@ -152,6 +154,7 @@ impl BackupWriter {
             Err(error) if error.kind() == Kind::Conflict && self.is_stored(&manifest).await? => {}
             Err(error) => return Err(error.while_doing(what())),
         }
+        self.is_published.store(true, Ordering::Release);
         self.remove_work_object().await;
         Ok(manifest.backup)
     }
@@ -185,15 +188,19 @@ impl BackupWriter {
         }
     }
 
-    /// Gives the backup up and deletes its packs. The threads of all lanes have ended. What cannot be deleted now is
-    /// garbage that refers to nothing; the error says so.
+    /// Gives up a backup that was not published, and deletes its packs. The threads of all lanes have ended. What cannot
+    /// be deleted now is garbage that refers to nothing; the error says so.
     pub async fn abort(&self) -> Result<()> {
+        if self.is_published.load(Ordering::Acquire) {
+            return Err(Error::new(Kind::Internal, format!("backup '{}' is published and not given up", self.backup)));
+        }
         self.shared.is_broken.store(true, Ordering::Release);
         // A pack that is still on its way could arrive after it was deleted.
         self.shared.uploads.close();
         self.shared.uploads.wait().await;
         // Without the lease, these may be looked at by somebody else: nothing is deleted any more.
         self.shared.lease.check()?;
+        self.remove_manifest().await?;
         let packs = std::mem::take(&mut *lock(&self.shared.packs));
         let keys = packs.iter().map(|pack| object_key(layout::pack_key(self.shared.incarnation, *pack)));
         let keys: Vec<Key> = keys.collect::<Result<_>>()?;
@@ -202,6 +209,15 @@ impl BackupWriter {
             deleted.map_err(|error| error.while_doing(format!("cannot remove packs of backup '{}'", self.backup)))?;
         }
         self.remove_work_object().await;
+        Ok(())
+    }
+
+    /// A publication that failed may have happened all the same: no backup may remain whose packs go.
+    async fn remove_manifest(&self) -> Result<()> {
+        let Some(manifest) = lock(&self.finished).clone() else { return Ok(()) };
+        if self.is_stored(&manifest).await? {
+            self.shared.repo.store().delete(std::slice::from_ref(&self.manifest_key)).await?;
+        }
         Ok(())
     }
 

@@ -221,6 +221,24 @@ async fn an_aborted_backup_leaves_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_backup_that_was_given_up_does_not_remain_without_its_packs() {
+    let site = site().await;
+    let writer = begin(&site, backup_id(1)).await;
+    write(&writer, some_files(), MIB).await.unwrap();
+    site.faults.inject_for_key(Operation::PutStream, "manifest", When::First(1), Fault::AnswerLost);
+    assert_eq!(kind_of(writer.publish(draft(&site, backup_id(1))).await), Kind::Unreachable);
+    assert_eq!(keys(&site, "backups/").await.len(), 1);
+    writer.abort().await.unwrap();
+    assert!(keys(&site, "backups/").await.is_empty() && keys(&site, "packs/").await.is_empty());
+
+    let published = begin(&site, backup_id(2)).await;
+    write(&published, some_files(), MIB).await.unwrap();
+    published.publish(draft(&site, backup_id(2))).await.unwrap();
+    assert_eq!(kind_of(published.abort().await), Kind::Internal);
+    assert!(restore(&site, &backup_id(2)).await.unwrap().0 == some_files());
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_pack_that_cannot_be_stored_fails_the_lane_with_its_reason_and_the_backup() {
     for fault in [Fault::Fail(Kind::Full), Fault::CutBody(1 << 20)] {
         let site = site().await;
