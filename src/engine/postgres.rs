@@ -24,6 +24,12 @@ pub mod log_read;
 pub mod slot;
 pub mod backup;
 pub mod check_source;
+pub mod check_target;
+pub mod clean_up;
+pub mod clone;
+pub mod recovery;
+pub mod server;
+pub mod settings;
 
 /// How the log of a server is kept until it is shipped.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -6,6 +6,7 @@
 //! |---|---|
 //! | `version_num`, `version` | `150018`, `15.18` |
 //! | `system_id` | decimal |
+//! | `bootstrap_superuser` | the role that initdb made, which is always a superuser: a clone is asked as this role |
 //! | `timeline` | of the start, decimal |
 //! | `block_size`, `wal_block_size`, `wal_segment_size` | bytes |
 //! | `relation_segment_blocks` | blocks in a full file of a large relation |
@@ -69,6 +70,8 @@ pub(super) async fn collect(engine: &PostgresEngine, source: &SourceSession, con
     fact("wal_segment_size", control.wal_segment_size.bytes().to_string());
     fact("relation_segment_blocks", control.relation_segment_blocks.to_string());
     fact("data_checksums", String::from(if control.has_data_checksums() { "on" } else { "off" }));
+    // BOOTSTRAP_SUPERUSERID, `src/include/catalog/pg_authid.dat`.
+    fact("bootstrap_superuser", source.session.value("SELECT rolname::text FROM pg_roles WHERE oid = 10", &[]).await?);
     let what = || "cannot record the settings of the server";
     settings(&source.session, &mut facts).await.context(what)?;
     databases(engine, source, &mut facts).await.context(what)?;
