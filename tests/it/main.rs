@@ -3,5 +3,6 @@
 mod support;
 
 mod postgres_backup;
+mod postgres_clone;
 mod postgres_source;
 mod store_contract;
