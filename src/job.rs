@@ -15,6 +15,8 @@ use async_trait::async_trait;
 use crate::error::{Error, Result};
 use crate::model::job::{Order, ProgressUnit};
 
+pub mod archive;
+pub mod backup;
 mod drive;
 pub mod journal;
 pub mod ports;
@@ -22,6 +24,9 @@ pub mod records;
 pub mod restart;
 pub mod runner;
 pub mod step;
+#[cfg(test)]
+mod testing;
+pub mod window;
 
 pub use runner::{JobRunner, RunnerOptions};
 pub use step::StepContext;

@@ -4,8 +4,8 @@ use std::fs::File;
 use std::io::Read;
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -29,16 +29,24 @@ pub struct FakeEngine {
     database: Arc<FakeDatabase>,
     /// Forget log files when they are released, as a real server does.
     recycles: AtomicBool,
+    during_backup: Mutex<Option<Hook>>,
 }
+
+type Hook = Box<dyn FnOnce(&FakeDatabase) + Send>;
 
 impl FakeEngine {
     pub fn new(database: Arc<FakeDatabase>) -> FakeEngine {
-        FakeEngine { database, recycles: AtomicBool::new(true) }
+        FakeEngine { database, recycles: AtomicBool::new(true), during_backup: Mutex::new(None) }
     }
 
     /// Whether released log files are deleted (they are unless told otherwise).
     pub fn set_recycles(&self, recycles: bool) {
         self.recycles.store(recycles, Ordering::Relaxed);
+    }
+
+    /// Calls `hook` once, in the middle of the next backup: what happens on a real server meanwhile.
+    pub fn during_next_backup(&self, hook: impl FnOnce(&FakeDatabase) + Send + 'static) {
+        *self.during_backup.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = Some(Box::new(hook));
     }
 
     fn durable_end(&self) -> DurableEnd {
@@ -120,6 +128,10 @@ impl Engine for FakeEngine {
         let began_at = self.database.now();
         let start = Position::Count(self.database.count());
         let data_dir = self.database.data_dir.clone();
+        let hook = self.during_backup.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).take();
+        if let Some(hook) = hook {
+            hook(&self.database);
+        }
         run_on_thread("fake-backup", move || copy_directory(&data_dir, sink.as_ref(), &cancel)).await?;
         Ok(BaseSpan {
             start,
@@ -177,7 +189,7 @@ fn copy_directory(data_dir: &Path, sink: &dyn BaseSink, cancel: &CancellationTok
     let sizes = files.iter().filter_map(|meta| std::fs::metadata(data_dir.join(&meta.path)).ok());
     sink.expect_bytes(sizes.filter(|metadata| metadata.is_file()).map(|metadata| metadata.len()).sum());
     let lanes = sink.lanes_wanted().max(1);
-    let queue = std::sync::Mutex::new(files.into_iter());
+    let queue = Mutex::new(files.into_iter());
     let next = || queue.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).next();
     std::thread::scope(|scope| {
         let workers: Vec<_> = (0..lanes)
@@ -216,8 +228,9 @@ fn copy_file(data_dir: &Path, meta: FileMeta, lane: &mut dyn BaseLane) -> Result
             }
             lane.write(&piece[..length])?;
         }
+        lane.end()?;
     }
-    lane.end()
+    Ok(())
 }
 
 /// Everything below `relative`, directories before what is in them.

@@ -1,0 +1,110 @@
+//! What of an incarnation can be reached: its archived log, its backups and its lease, put together with the engine's
+//! arithmetic of log files.
+
+use std::sync::Arc;
+
+use jiff::Timestamp;
+
+use crate::engine::{LogGeometry, log_geometry};
+use crate::error::Result;
+use crate::model::incarnation::{Incarnation, Lease};
+use crate::model::position::Position;
+use crate::model::window::Window;
+use crate::repo::backup_reader::Backups;
+use crate::repo::lease::read_lease;
+use crate::repo::log_catalogue::LogCatalogue;
+use crate::repo::repository::Repository;
+use crate::repo::window::{LogRange, window};
+
+/// So many files without a single commit are looked through for a commit time before it is called unknown.
+const QUIET_FILES_MAX: usize = 64;
+
+/// Log without a gap, and the files that it lies in.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Stretch {
+    pub from: Position,
+    pub to: Position,
+    /// In the order of the log; without companions.
+    pub files: Vec<String>,
+}
+
+/// Whether log is missing between a position and a later one. Positions of two timelines of one life are compared by
+/// their place in the log alone.
+pub fn is_gap(end: Position, start: Position) -> bool {
+    match (end, start) {
+        (Position::Wal { lsn: end, .. }, Position::Wal { lsn: start, .. }) => end < start,
+        (end, start) => end < start,
+    }
+}
+
+/// The archived log as stretches without a gap, in the order of the log.
+pub async fn contiguous(catalogue: &LogCatalogue, geometry: &dyn LogGeometry) -> Result<Vec<Stretch>> {
+    let mut stretches: Vec<Stretch> = Vec::new();
+    for file in catalogue.files() {
+        if geometry.span(&file.name, 0)?.is_none() {
+            continue;
+        }
+        let bytes = match (file.bytes, geometry.sealed_bytes()) {
+            (Some(bytes), _) | (None, Some(bytes)) => bytes,
+            // Engines whose files differ in size: the object itself knows.
+            (None, None) => catalogue.file(&file.name).await?.map_or(0, |file| file.bytes),
+        };
+        let Some((from, to)) = geometry.span(&file.name, bytes)?.filter(|_| bytes > 0) else { continue };
+        match stretches.last_mut() {
+            Some(last) if !is_gap(last.to, from) => {
+                last.to = last.to.max(to);
+                last.files.push(file.name);
+            }
+            _ => stretches.push(Stretch { from, to, files: vec![file.name] }),
+        }
+    }
+    Ok(stretches)
+}
+
+/// The window of an incarnation. Without any backup nothing can be reached.
+pub async fn window_of(repo: &Arc<Repository>, incarnation: &Incarnation) -> Result<Window> {
+    let backups = Backups::new(repo.clone()).list(incarnation.id).await?.backups;
+    let Some(newest) = backups.last() else { return Ok(Window::default()) };
+    let geometry = log_geometry(incarnation.engine, &newest.engine_facts)?;
+    // The lease first: what it says is covered is then in the catalogue, which is read later.
+    let lease = read_lease(repo, incarnation.id).await?;
+    let catalogue = LogCatalogue::load(repo.clone(), incarnation.id).await?;
+    let mut ranges = Vec::new();
+    for stretch in contiguous(&catalogue, geometry.as_ref()).await? {
+        ranges.push(range_of(&catalogue, &stretch, lease.as_ref()).await?);
+    }
+    Ok(window(&backups, &ranges))
+}
+
+async fn range_of(catalogue: &LogCatalogue, stretch: &Stretch, lease: Option<&Lease>) -> Result<LogRange> {
+    let mut first_commit_at = None;
+    for file in stretch.files.iter().take(QUIET_FILES_MAX) {
+        first_commit_at = catalogue.summary(file).await?.first_commit_at;
+        if first_commit_at.is_some() {
+            break;
+        }
+    }
+    let mut last_commit_at = None;
+    for file in stretch.files.iter().rev().take(QUIET_FILES_MAX) {
+        last_commit_at = catalogue.summary(file).await?.last_commit_at;
+        if last_commit_at.is_some() {
+            break;
+        }
+    }
+    let covered = lease.and_then(|lease| lease.covered);
+    Ok(LogRange {
+        from: stretch.from,
+        to: stretch.to,
+        first_commit_at,
+        last_commit_at,
+        covered_until: covered.and_then(|covered| covered_by(stretch, covered)),
+    })
+}
+
+/// What is recorded as covered counts for the stretch that holds that position.
+fn covered_by(stretch: &Stretch, (position, observed_at): (Position, Timestamp)) -> Option<Timestamp> {
+    (stretch.from <= position && position <= stretch.to).then_some(observed_at)
+}
+
+#[cfg(test)]
+mod tests;
