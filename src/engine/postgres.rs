@@ -75,14 +75,14 @@ impl PostgresSource {
 /// A running PostgreSQL server on this host.
 pub struct PostgresEngine {
     source: PostgresSource,
-    /// The connection for small questions, opened when it is needed and kept.
-    connection: tokio::sync::Mutex<Option<source::SourceSession>>,
+    /// For small questions; opened when it is needed and closed soon after.
+    connection: Arc<tokio::sync::Mutex<source::KeptSession>>,
 }
 
 impl PostgresEngine {
     /// Takes the server as configured; nothing is opened before it is needed.
     pub fn new(source: PostgresSource) -> PostgresEngine {
-        PostgresEngine { source, connection: tokio::sync::Mutex::new(None) }
+        PostgresEngine { source, connection: Arc::default() }
     }
 
     pub fn source(&self) -> &PostgresSource {

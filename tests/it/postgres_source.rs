@@ -78,6 +78,9 @@ async fn a_server_says_who_it_is_and_a_wrong_configuration_is_explained() {
         // A connection that was good and broke comes back by itself.
         let engine = PostgresEngine::new(source.clone());
         engine.identify().await.unwrap();
+        // Nothing of ours stays on a server while there is nothing to ask.
+        server.wait_for_sql("SELECT count(*) FROM pg_stat_activity WHERE application_name = 'keiki'", "0");
+        engine.identify().await.unwrap();
         server.kill9();
         assert_eq!(engine.identify().await.unwrap_err().kind(), Kind::Unreachable);
         server.launch();

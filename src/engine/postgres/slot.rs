@@ -117,7 +117,9 @@ async fn create(session: &Session, name: &str) -> Result<Lsn> {
         .await
         .map_err(|error| match error.kind() {
             Kind::Forbidden => error.hint("as a superuser: ALTER ROLE <role of the agent> REPLICATION"),
-            Kind::Server => error.hint("raise max_replication_slots, or drop slots that nothing uses"),
+            Kind::Server => {
+                error.hint("is wal_level 'minimal', or are all of max_replication_slots taken? 'keiki doctor' says")
+            }
             _ => error,
         })
         .context(what)?;

@@ -5,10 +5,10 @@
 
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
 
-use tokio::sync::{MappedMutexGuard, MutexGuard};
+use tokio::sync::{MappedMutexGuard, Mutex, MutexGuard};
 
 use crate::base::bulk::run_blocking;
 use crate::engine::postgres::geometry::WalGeometry;
@@ -28,6 +28,8 @@ const MAINTENANCE_DATABASE: &str = "postgres";
 pub(super) const CONTROL_FILE: &str = "global/pg_control";
 /// It is one page that is rewritten in place: a torn read is whole again a moment later.
 const CONTROL_READS: u32 = 200;
+/// How long a connection is kept without being used.
+const IDLE_MAX: Duration = Duration::from_secs(1);
 const CONTROL_READ_WAIT: Duration = Duration::from_millis(10);
 
 /// A connection to the source, proved to be the configured server and no standby, with what never changes while the
@@ -36,6 +38,31 @@ pub struct SourceSession {
     pub session: Session,
     /// How the server writes its log.
     pub format: WalFormat,
+}
+
+/// The connection between two questions.
+#[derive(Default)]
+pub(super) struct KeptSession {
+    session: Option<SourceSession>,
+    used_at: Option<Instant>,
+    /// A task is there that will close it.
+    has_closer: bool,
+}
+
+/// Closes the connection when nobody has asked anything for a moment: an open session would hold up a server that is
+/// being shut down in "smart" mode, and everybody who copies the database that it is connected to.
+async fn close_when_idle(kept: Weak<Mutex<KeptSession>>) {
+    loop {
+        tokio::time::sleep(IDLE_MAX).await;
+        // Without an engine there is no connection any more.
+        let Some(kept) = kept.upgrade() else { return };
+        let mut kept = kept.lock().await;
+        if kept.used_at.is_none_or(|at| at.elapsed() >= IDLE_MAX) {
+            kept.session = None;
+            kept.has_closer = false;
+            return;
+        }
+    }
 }
 
 /// What stands in the data directory without asking the server.
@@ -66,15 +93,20 @@ impl PostgresEngine {
         prove(session, &self.source, &facts).await
     }
 
-    /// The kept connection, opened first if there is none or if it broke. One caller at a time.
+    /// The connection for small questions, opened first if there is none or if it broke. One caller at a time.
     pub(super) async fn session(&self) -> Result<MappedMutexGuard<'_, SourceSession>> {
         let mut kept = self.connection.lock().await;
-        let usable = kept.take().filter(|kept| !kept.session.is_broken());
+        let usable = kept.session.take().filter(|kept| !kept.session.is_broken());
         let session = match usable {
             Some(session) => session,
             None => self.open_session().await?,
         };
-        Ok(MutexGuard::map(kept, |slot| slot.insert(session)))
+        kept.used_at = Some(Instant::now());
+        if !kept.has_closer {
+            kept.has_closer = true;
+            tokio::spawn(close_when_idle(Arc::downgrade(&self.connection)));
+        }
+        Ok(MutexGuard::map(kept, |kept| kept.session.insert(session)))
     }
 
     async fn directory_facts(&self) -> Result<DirectoryFacts> {
