@@ -122,7 +122,6 @@ impl ServerOptions {
             String::from("--encoding=UTF8"),
             String::from("--locale=C"),
             String::from("--no-sync"),
-            String::from("--no-instructions"),
         ];
         match (self.checksums, self.version) {
             (true, _) => initdb.push(String::from("--data-checksums")),
