@@ -153,7 +153,10 @@ async fn extensions(engine: &PostgresEngine, names: &[String], facts: &mut FactM
 
 async fn extensions_of(engine: &PostgresEngine, database: &str, libraries: &mut BTreeSet<String>) -> Result<String> {
     let session = Session::open(&engine.source.endpoint(database)).await?;
-    for row in session.rows("SELECT DISTINCT probin FROM pg_proc WHERE probin IS NOT NULL", &[]).await? {
+    // What initdb made beside extensions, such as conversions of encodings, comes with every server.
+    let sql = "SELECT DISTINCT probin FROM pg_proc AS p WHERE probin IS NOT NULL AND (oid >= 16384 OR EXISTS \
+         (SELECT FROM pg_depend WHERE classid = 'pg_proc'::regclass AND objid = p.oid AND deptype = 'e'))";
+    for row in session.rows(sql, &[]).await? {
         // In the catalogue these are bytes of no encoding (`src/include/catalog/pg_proc.h`), shown as text.
         libraries.insert(column::<String>(&row, 0)?);
     }
