@@ -3,6 +3,9 @@
 
 pub mod access;
 pub mod api;
+mod body;
 pub mod ca;
+pub mod client;
+pub mod server;
 pub mod tls;
 pub mod wire;

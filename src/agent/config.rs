@@ -395,7 +395,10 @@ impl Reader<'_> {
     }
 
     fn allow(&self, raw: &raw::RawAllow) -> Result<AllowRule> {
-        let may = raw.may.iter().map(|word| self.parse(word, parse_permission)).collect::<Result<Vec<_>>>()?;
+        let mut may = Vec::new();
+        for word in &raw.may {
+            may.extend(self.parse(word, parse_permissions)?);
+        }
         let instances = match &raw.instances {
             None => vec!["*".to_string()],
             Some(patterns) => patterns.iter().map(|pattern| pattern.get_ref().clone()).collect(),
@@ -432,8 +435,12 @@ fn parse_ship(text: &str) -> Result<ShipMode> {
     }
 }
 
-fn parse_permission(word: &str) -> Result<Permission> {
-    Permission::from_name(word).ok_or_else(|| {
+/// The permission with this name, or all of them for `*`.
+fn parse_permissions(word: &str) -> Result<Vec<Permission>> {
+    if word == "*" {
+        return Ok(Permission::all());
+    }
+    Permission::from_name(word).map(|permission| vec![permission]).ok_or_else(|| {
         let names = Permission::names();
         let hint = match value::nearest(word, names.iter().copied()) {
             Some(meant) => format!("did you mean '{meant}'?"),

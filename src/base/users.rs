@@ -60,6 +60,11 @@ pub fn current_user() -> Result<User> {
     }
 }
 
+/// The number of the group called `name`, or nothing if there is no such group.
+pub fn group_id(name: &str) -> Result<Option<u32>> {
+    Sources::of_this_machine().group_id(name)
+}
+
 /// Whether this process can take on another user: it has CAP_SETGID and CAP_SETUID (capabilities(7): numbers 6 and 7).
 pub fn may_become_another_user() -> bool {
     // The capabilities are those of the calling thread, which are the process's own unless a thread gave some up.
@@ -163,6 +168,22 @@ impl Sources {
             is_member.then(|| std::str::from_utf8(gid).ok()?.parse::<u32>().ok())?
         };
         Ok(lines(&text).filter_map(gid_if_member).collect())
+    }
+
+    /// `name:password:gid:members` (group(5)), in the file or as `getent group` prints it.
+    fn group_id(&self, name: &str) -> Result<Option<u32>> {
+        let find = |text: &[u8]| {
+            lines(text).find_map(|line| {
+                let mut fields = line.split(|byte| *byte == b':');
+                let is_wanted = fields.next() == Some(name.as_bytes());
+                let gid = fields.nth(1).and_then(|gid| std::str::from_utf8(gid).ok()?.parse::<u32>().ok());
+                gid.filter(|_| is_wanted)
+            })
+        };
+        match find(&read_if_there(&self.group)?) {
+            Some(gid) => Ok(Some(gid)),
+            None => Ok(find(&self.ask_getent("group", name)?)),
+        }
     }
 
     /// What `getent DATABASE KEY` prints; nothing if it knows nothing or is not installed.

@@ -26,6 +26,8 @@ mod request;
 /// Travels in the HTTP header [`PROTOCOL_HEADER`] of each request and answer. Grows with any change of a message.
 pub const PROTOCOL_VERSION: u32 = 1;
 pub const PROTOCOL_HEADER: &str = "keiki-protocol";
+/// Where requests are posted. It never changes, so that versions can tell each other that they differ.
+pub const REQUEST_PATH: &str = "/v1/request";
 /// The payload of one frame.
 pub const FRAME_BYTES_MAX: usize = 64 << 10;
 /// One message. A delete of 1000 objects with the longest keys is 0.8 MB.

@@ -6,3 +6,4 @@ mod postgres_backup;
 mod postgres_clone;
 mod postgres_source;
 mod store_contract;
+mod peers;

@@ -318,6 +318,13 @@ fn a_rule_that_allows_nothing_known_is_refused() {
 }
 
 #[test]
+fn a_star_allows_everything() {
+    let config = parse(&format!("{SMALL}[[allow]]\nwho = \"operator:ann\"\nmay = [\"*\"]\n")).unwrap();
+    assert_eq!(config.allow[0].may, Permission::all());
+    assert_eq!(config.allow[0].instances, ["*"]);
+}
+
+#[test]
 fn a_file_that_cannot_be_read_says_why() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("keiki.toml");
