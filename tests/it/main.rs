@@ -2,6 +2,7 @@
 
 mod support;
 
+mod engine_contract;
 mod postgres_backup;
 mod postgres_clone;
 mod postgres_source;
