@@ -15,6 +15,7 @@ use crate::base::users::User;
 use crate::engine::postgres::backup::CONFIG_DIRECTORY;
 use crate::engine::postgres::clone::{Grounds, give_to, write_owned};
 use crate::engine::postgres::ondisk::segment::{RawSegmentName, WalFile};
+use crate::engine::postgres::recovery::ensure_quarantined;
 use crate::engine::postgres::session::{Session, column};
 use crate::engine::postgres::settings::{ClonePlace, SettingsPlan, plan_settings};
 use crate::engine::{CleanUpItem, CloneSite};
@@ -28,7 +29,7 @@ const HBA_FIRST_LINE: &str = "# Lets keiki in over the local socket; the lines o
 
 /// Does all of it and says what was found and done.
 pub async fn clean_up(grounds: &Grounds, site: &CloneSite) -> Result<Vec<CleanUpItem>> {
-    let session = grounds.try_connect().await?;
+    let session = ensure_quarantined(grounds, site, &CancellationToken::new()).await?;
     session.execute_batch("SET default_transaction_read_only = off").await?;
     require_promoted(&session).await?;
     let mut items = drop_slots(&session).await?;

@@ -221,6 +221,7 @@ impl CloneEngine for PostgresCloner {
 
     async fn hand_over(&self, site: &CloneSite, open: bool) -> Result<ServerIdentity> {
         let cancel = CancellationToken::new();
+        recovery::require_same_boot(&site.run_dir)?;
         let grounds = self.grounds(site).await?;
         grounds.server.stop_cleanly(&cancel).await?;
         let data_dir = site.data_dir.clone();

@@ -20,6 +20,7 @@ use crate::base::users::User;
 use crate::engine::postgres::clone::{Grounds, write_owned};
 use crate::engine::postgres::ondisk::wal::{Cut, Stop, WalFormat};
 use crate::engine::postgres::server::{pause, stop_now};
+use crate::engine::postgres::session::Session;
 use crate::engine::{CloneSite, LogSource, Progress, Recovered};
 use crate::error::{Context, Error, Kind, Result};
 use crate::model::position::Lsn;
@@ -73,7 +74,35 @@ pub async fn recover(
     let (backup_timeline, backup_start) = site.backup_start.wal()?;
     let (_, backup_stop) = site.backup_stop.wal()?;
     let goal = Goal { grounds, site, target, backup_timeline, backup_start, backup_stop, logs, progress, cancel };
-    goal.recover().await.context(|| format!("cannot recover clone '{}' to '{target}'", site.clone_name))
+    let outcome = goal.recover().await;
+    if outcome.is_err() {
+        // A server without hope of more log would wait for it for ever. The first error is the one to report.
+        let _ = stop_now(&site.data_dir).await;
+    }
+    outcome.context(|| format!("cannot recover clone '{}' to '{target}'", site.clone_name))
+}
+
+/// A session with the promoted server in quarantine, which is started again if it died. Refused after a restart of the
+/// machine.
+pub async fn ensure_quarantined(grounds: &Grounds, site: &CloneSite, cancel: &CancellationToken) -> Result<Session> {
+    require_same_boot(&site.run_dir)?;
+    match replica::running(site) {
+        Some(process) => grounds.wait_until_ready(process, cancel).await,
+        None => {
+            let mut replica = Replica::new(grounds, site, None);
+            replica.start()?;
+            replica.connect(cancel).await
+        }
+    }
+}
+
+/// An error if the machine was restarted since the recovery began: what was not yet made durable may be lost, and
+/// nothing in the directory would show it. Passes if no recovery is remembered, which is so after a hand-over.
+pub fn require_same_boot(run_dir: &Path) -> Result<()> {
+    match RecoveryState::load(run_dir)? {
+        Some(state) if state.boot_id != boot_id()? => Err(restarted()),
+        _ => Ok(()),
+    }
 }
 
 impl Goal<'_> {
@@ -115,7 +144,7 @@ impl Goal<'_> {
 
     fn check_resumable(&self, state: RecoveryState, boot: &str, target: &str) -> Result<RecoveryState> {
         if state.boot_id != boot {
-            return Err(stage_again("the host was restarted while the log was replayed without fsync"));
+            return Err(restarted());
         }
         if state.target != target.replace('\n', " ") {
             return Err(stage_again(&format!("it was being recovered to '{}'", state.target)));
@@ -177,6 +206,7 @@ impl Goal<'_> {
         };
         let mut replica = Replica::new(self.grounds, self.site, (newest != self.backup_timeline).then_some(newest));
         let walker = Walker::new(WalFormat::of(control), self.backup_start, newest, self.stop_at())?;
+        self.progress.note(format!("replaying the log from '{}'", self.backup_start));
         let (walker, rest) = feed.walk(walker, &mut replica).await?;
         let cut = self.decide(&walker)?;
         let end = FoundEnd {
@@ -187,9 +217,11 @@ impl Goal<'_> {
         };
         // Before the promotion can happen, so that whoever finds a promoted server knows what it must have become.
         RecoveryState { end: Some(end), ..state }.save(&self.site.run_dir)?;
+        self.progress.note(format!("replaying the log to '{}', where it ends for this target", cut.keep_until));
         let feed = Feed { expected_end: cut.replayed_to, ..feed };
         feed.hand_over_rest(&walker, rest, cut, &mut replica).await?;
         self.wait_for_replay(&feed, &mut replica, cut).await?;
+        self.progress.note(String::from("promoting"));
         replica.promote()?;
         self.wait_for_promotion(replica, end).await
     }
@@ -274,6 +306,7 @@ impl Goal<'_> {
             }
             replica.require_alive()?;
         }
+        self.progress.note(String::from("verifying what was reached"));
         let recovered = verify::verify(&session, self.grounds, self.site, end).await?;
         let done = end.left_at.0.saturating_sub(self.backup_start.0);
         self.progress.set(done, done);
@@ -284,6 +317,10 @@ impl Goal<'_> {
 fn before_backup(what: &str, backup_stop: Lsn) -> Error {
     Error::new(Kind::BadInput, format!("{what} lies before the end of the base backup at '{backup_stop}'"))
         .hint("choose a later target, or an earlier backup; 'keiki backup list' shows them")
+}
+
+fn restarted() -> Error {
+    stage_again("the host was restarted before what was replayed without fsync was made durable")
 }
 
 /// The error that asks for the whole directory anew.

@@ -26,6 +26,8 @@ async fn a_clone_becomes_a_server_of_its_own(version: Version) {
     clone.recover(&source, Target::Latest).await.unwrap();
     clone.sql(&source, "SELECT pg_create_physical_replication_slot('left_over')").await;
 
+    // The server of the quarantine died meanwhile: it is started again, as what it is.
+    stop_now(&clone.site.data_dir).await.unwrap();
     let items = clone.cloner.clean_up(&clone.site).await.unwrap();
     let done = |what: &str| items.iter().find(|item| item.what.contains(what)).map_or("", |item| item.done.as_str());
     assert_eq!(done("slot 'left_over'"), "dropped");
@@ -38,6 +40,13 @@ async fn a_clone_becomes_a_server_of_its_own(version: Version) {
     assert_eq!(clone.sql(&source, subscription).await, "f|t");
     let again = clone.cloner.clean_up(&clone.site).await.unwrap();
     assert!(again.iter().all(|item| item.what.starts_with("setting")), "{again:?}");
+
+    // What was replayed without fsync must not be handed over after a restart of the machine.
+    let state = clone.site.run_dir.join("keiki_recovery.state");
+    let text = std::fs::read_to_string(&state).unwrap();
+    std::fs::write(&state, text.replacen("boot_id=", "boot_id=another-", 1)).unwrap();
+    refused(clone.cloner.hand_over(&clone.site, true).await, Kind::Damaged);
+    std::fs::write(&state, text).unwrap();
 
     let identity = clone.cloner.hand_over(&clone.site, true).await.unwrap();
     assert_eq!(identity.system_id, source.server.sql("SELECT system_identifier FROM pg_control_system()"));

@@ -29,7 +29,27 @@ async fn in_database(grounds: &Grounds, name: &str) -> Result<Vec<CleanUpItem>> 
     let mut items = disable_subscriptions(&session, name).await?;
     items.extend(report_foreign_servers(&session, name).await?);
     items.extend(report_extensions(&session, name).await?);
+    items.extend(report_collation_objects(&session, name).await?);
     Ok(items)
+}
+
+/// Collations of which columns or indexes make use by name, as against the database's own.
+async fn report_collation_objects(session: &Session, database: &str) -> Result<Vec<CleanUpItem>> {
+    let sql = "SELECT count(*), coalesce(min(quote_ident(collname)), '') FROM pg_collation \
+               WHERE collversion <> pg_collation_actual_version(oid) AND collprovider <> 'd' \
+               AND (EXISTS (SELECT FROM pg_attribute a WHERE a.attcollation = pg_collation.oid AND a.attrelid >= 16384))";
+    let row = session.row(sql, &[]).await?;
+    let (count, first): (i64, String) = (column(&row, 0)?, column(&row, 1)?);
+    Ok(match count {
+        0 => Vec::new(),
+        count => vec![CleanUpItem {
+            what: format!("{count} collations in database '{database}', {first} among them"),
+            done: String::from(
+                "made with another version than this host has: REINDEX the indexes that use them, then ALTER COLLATION \
+                 ... REFRESH VERSION",
+            ),
+        }],
+    })
 }
 
 /// A closed database cannot be looked into; only a subscription in it would matter, and those are listed globally.
