@@ -1,6 +1,7 @@
 //! What this host lacks to run a clone: asked before anything is written.
 
 use std::collections::BTreeSet;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use tokio_util::sync::CancellationToken;
@@ -27,6 +28,7 @@ const DATABASE_FACT_PREFIX: &str = "database.";
 pub async fn check_target(site: &CloneSite, default_bin_dir: Option<&Path>) -> Result<Vec<CheckItem>> {
     let mut items = Vec::new();
     items.push(check_user(&site.run_as).await?);
+    items.extend(check_reach(site).await?);
     items.extend(check_settings(site));
     items.push(check_memory(site));
     items.push(check_collations(site).await);
@@ -76,6 +78,40 @@ async fn check_user(name: &str) -> Result<CheckItem> {
         ),
         Err(error) => return Err(error),
     })
+}
+
+/// Whether the server's user may pass through the directories above those of the clone. Nothing is said about a user
+/// who does not exist; that is another item.
+async fn check_reach(site: &CloneSite) -> Result<Vec<CheckItem>> {
+    let (name, paths) = (site.run_as.clone(), [site.data_dir.clone(), site.run_dir.clone()]);
+    run_blocking("directories", move || {
+        let Ok(user) = User::by_name(&name) else { return Ok(Vec::new()) };
+        let closed = paths.iter().find_map(|path| first_closed_above(&user, path));
+        Ok(vec![match closed {
+            None => CheckItem::pass("directories", "the server's user can reach them"),
+            Some(directory) => CheckItem::fail(
+                "directories",
+                format!("user '{name}' may not pass through '{}'", directory.display()),
+                format!("'chmod o+x {}', or choose another directory", directory.display()),
+            ),
+        }])
+    })
+    .await
+}
+
+/// The first directory above `path` that exists and that the user may not pass through, by its mode.
+fn first_closed_above(user: &User, path: &Path) -> Option<PathBuf> {
+    let above: Vec<&Path> = path.ancestors().skip(1).collect();
+    let is_closed = |directory: &&Path| {
+        let Ok(metadata) = std::fs::metadata(directory) else { return false };
+        let bits = match (metadata.uid() == user.uid, user.groups.contains(&metadata.gid())) {
+            (true, _) => metadata.mode() >> 6,
+            (false, true) => metadata.mode() >> 3,
+            (false, false) => metadata.mode(),
+        };
+        user.uid != 0 && bits & 0o1 == 0
+    };
+    above.into_iter().rev().find(is_closed).map(Path::to_path_buf)
 }
 
 fn check_settings(site: &CloneSite) -> Vec<CheckItem> {
@@ -278,6 +314,23 @@ async fn output_lines(command: ChildCommand) -> Option<Vec<String>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_directory_that_the_servers_user_cannot_reach_is_named() {
+        use std::os::unix::fs::PermissionsExt;
+        let directory = tempfile::tempdir().unwrap();
+        let closed = directory.path().join("closed");
+        std::fs::create_dir(&closed).unwrap();
+        let set_mode = |path: &Path, mode| std::fs::set_permissions(path, PermissionsExt::from_mode(mode)).unwrap();
+        set_mode(directory.path(), 0o755);
+        set_mode(&closed, 0o700);
+        let groups = vec![4_000_000_001];
+        let name = String::from("x");
+        let user = User { name, uid: 4_000_000_000, gid: 4_000_000_001, groups, home: PathBuf::from("/") };
+        assert_eq!(first_closed_above(&user, &closed.join("clones/c")), Some(closed.clone()));
+        set_mode(&closed, 0o711);
+        assert_eq!(first_closed_above(&user, &closed.join("clones/c")), None);
+    }
 
     #[test]
     fn a_locale_has_many_spellings_and_a_library_too() {
