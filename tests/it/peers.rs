@@ -28,13 +28,15 @@ use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
+use crate::store_contract::Fixture;
+
 /// Bodies that a test makes and does not keep.
 const PATTERN_PIECE: usize = 256 << 10;
 
 /// An agent as far as this floor knows one: rules, a repository, and some odd answers by name.
 struct TestAgent {
     rules: Vec<AllowRule>,
-    store: MemoryStore,
+    store: Arc<dyn Store>,
     callers: mpsc::UnboundedSender<Caller>,
     entered: Notify,
     may_leave: Notify,
@@ -50,7 +52,8 @@ impl Service for TestAgent {
         body: Option<ByteStream>,
     ) -> Result<(Response, Option<ByteStream>)> {
         decide(&caller, &request, &self.rules)?;
-        self.callers.send(caller).unwrap();
+        // Not every test listens.
+        let _ = self.callers.send(caller);
         let done = |response| Ok((response, None));
         match request {
             Request::Hello => {
@@ -90,7 +93,7 @@ impl Service for TestAgent {
 
 impl TestAgent {
     async fn objects(&self, request: Request, body: Option<ByteStream>) -> Result<(Response, Option<ByteStream>)> {
-        let store = &self.store;
+        let store = self.store.as_ref();
         let facts = |info: keiki::store::ObjectInfo| ObjectFacts {
             key: info.key.to_string(),
             size_bytes: info.size_bytes,
@@ -161,6 +164,10 @@ impl Site {
     }
 
     async fn with(options: ServerOptions, clock: Arc<dyn Clock>) -> Site {
+        Site::with_store(options, clock, Arc::new(MemoryStore::new("test"))).await
+    }
+
+    async fn with_store(options: ServerOptions, clock: Arc<dyn Clock>, store: Arc<dyn Store>) -> Site {
         let directory = tempfile::tempdir().unwrap();
         Authority::init(&directory.path().join("ca"), Timestamp::now()).unwrap();
         let (sender, callers) = mpsc::unbounded_channel();
@@ -168,7 +175,7 @@ impl Site {
         let rule = |who: &str| AllowRule { who: who.into(), may: all.into(), instances: vec!["*".into()] };
         let agent = Arc::new(TestAgent {
             rules: vec![rule("host:a"), rule("operator:ann")],
-            store: MemoryStore::new("test"),
+            store,
             callers: sender,
             entered: Notify::new(),
             may_leave: Notify::new(),
@@ -211,6 +218,12 @@ impl Site {
         socket.read_to_end(&mut answer).await.unwrap();
         answer
     }
+}
+
+/// The same store as another agent's clients see it. What serves it ends with the test's runtime.
+pub async fn behind_another_agent(fixture: Fixture) -> Fixture {
+    let site = Site::with_store(ServerOptions::default(), Arc::new(SystemClock), fixture.store).await;
+    Fixture { store: Arc::new(site.objects()), directory: fixture.directory }
 }
 
 fn issue(directory: &tempfile::TempDir, identity: Identity) -> TlsConfig {

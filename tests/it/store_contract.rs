@@ -116,3 +116,5 @@ contract_holds_for!(of_a_directory_behind_no_faults, behind_faults(directory(), 
 contract_holds_for!(of_a_peer, through_peer(memory()));
 contract_holds_for!(of_a_peer_behind_no_faults, behind_faults(through_peer(directory()), &Faults::new()));
 contract_holds_for!(of_a_peer_with_a_broken_connection, through_peer(behind_faults(memory(), &broken_connection())));
+contract_holds_for!(of_another_agent, crate::peers::behind_another_agent(directory()).await);
+contract_holds_for!(of_a_peer_that_is_another_agent, through_peer(crate::peers::behind_another_agent(memory()).await));

@@ -21,8 +21,9 @@ use crate::peer::tls::{TlsIdentity, explain_client_side};
 /// For one address: the connection and the handshake.
 const CONNECT_SECONDS_MAX: u64 = 10;
 const RESOLVE_SECONDS_MAX: u64 = 10;
-/// A host that has vanished is noticed after this, even in the middle of waiting.
-const SILENCE_SECONDS_MAX: u32 = 60;
+/// A host that has vanished is noticed after this, even in the middle of waiting. Longer than the servers' own
+/// patience, because Linux also ends connections whose other end merely does not read (tcp(7), TCP_USER_TIMEOUT).
+const SILENCE_SECONDS_MAX: u32 = 120;
 
 /// Where an agent is.
 pub enum Place {
@@ -136,7 +137,7 @@ pub fn tune(socket: &TcpStream) {
     // None of these can fail on a connected socket, and without them it works as well.
     let _ = socket.set_nodelay(true);
     let _ = setsockopt(socket, sockopt::KeepAlive, &true);
-    let _ = setsockopt(socket, sockopt::TcpKeepIdle, &(SILENCE_SECONDS_MAX / 2));
+    let _ = setsockopt(socket, sockopt::TcpKeepIdle, &(SILENCE_SECONDS_MAX / 4));
     let _ = setsockopt(socket, sockopt::TcpKeepInterval, &10);
     let _ = setsockopt(socket, sockopt::TcpUserTimeout, &(SILENCE_SECONDS_MAX * 1000));
 }

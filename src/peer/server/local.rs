@@ -59,3 +59,24 @@ fn look_up(uid: u32) -> Result<Caller> {
         Err(error) => Err(Error::while_doing(error, format!("cannot look up user {uid}"))),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn is_admin(uid: u32) -> bool {
+        matches!(look_up(uid).unwrap(), Caller::Local { is_admin: true, .. })
+    }
+
+    #[test]
+    fn root_and_the_user_of_the_agent_are_administrators_and_strangers_are_not() {
+        let ours = nix::unistd::geteuid().as_raw();
+        assert!(is_admin(0) && is_admin(ours));
+        // The users 'daemon' and 'bin' of every distribution, and a number that nobody has.
+        for stranger in [1, 2, 4_000_000_000].into_iter().filter(|uid| *uid != ours) {
+            assert!(!is_admin(stranger), "{stranger}");
+        }
+        let unnamed = look_up(4_000_000_000).unwrap();
+        assert_eq!(unnamed.to_string(), "local:4000000000");
+    }
+}
