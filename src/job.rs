@@ -17,6 +17,7 @@ use crate::model::job::{Order, ProgressUnit};
 
 pub mod archive;
 pub mod backup;
+pub mod clone;
 mod drive;
 pub mod journal;
 pub mod ports;

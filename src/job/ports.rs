@@ -1,6 +1,7 @@
 //! What jobs need from the agent above them.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use async_trait::async_trait;
 
@@ -9,6 +10,7 @@ use crate::error::Result;
 use crate::model::engine_kind::EngineKind;
 use crate::model::id::IncarnationId;
 use crate::model::position::Position;
+use crate::repo::repository::Repository;
 
 /// The agents of the hosts whose instances are cloned.
 #[async_trait]
@@ -58,4 +60,11 @@ pub trait InstanceRegistry: Send + Sync {
 
     /// Orders the first backup of a registered clone, unless it has one or one is ordered.
     async fn order_first_backup(&self, name: &str) -> Result<()>;
+}
+
+/// The way to the repository, which may not be reachable now.
+#[async_trait]
+pub trait RepositoryDoor: Send + Sync {
+    /// The open repository. An error is temporary where a later call may succeed.
+    async fn repository(&self) -> Result<Arc<Repository>>;
 }

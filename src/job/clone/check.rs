@@ -1,0 +1,214 @@
+//! The check list of a clone: everything that can be known to go wrong, before anything is touched.
+
+use std::net::TcpListener;
+use std::path::Path;
+
+use crate::base::durable;
+use crate::engine::CloneSite;
+use crate::error::{Error, Kind, Result};
+use crate::job::clone::plan::{Choice, choose};
+use crate::job::clone::{CloneHost, Place, site};
+use crate::job::window::window_of;
+use crate::model::bytes_text::human_bytes;
+use crate::model::check::{CheckItem, Verdict, worst};
+use crate::model::incarnation::Incarnation;
+use crate::model::job::CloneOrder;
+use crate::model::position::Position;
+use crate::model::target::Target;
+use crate::repo::log_catalogue::LogCatalogue;
+use crate::repo::repository::Repository;
+
+/// Log that lies in the clone at the same time as the data, at most; replay recycles what is older.
+const LOG_BYTES_AT_ONCE_MAX: u64 = 2 << 30;
+/// What a clone needs beyond what was counted: a part of its size, for what replay adds, and a floor.
+const MARGIN_PARTS: u64 = 20;
+const MARGIN_BYTES_MIN: u64 = 64 << 20;
+
+/// What the check found out besides its list.
+pub struct Checked {
+    pub items: Vec<CheckItem>,
+    /// What the clone is made from, unless the target cannot be reached.
+    pub choice: Option<Choice>,
+    /// Why the target cannot be reached: this is what the person reads first.
+    pub refusal: Option<Error>,
+}
+
+impl Checked {
+    /// The error that a failed list ends the job with; the choice if nothing failed.
+    pub fn into_choice(self, order: &CloneOrder) -> Result<Choice> {
+        if let Some(refusal) = self.refusal {
+            return Err(refusal);
+        }
+        if worst(&self.items) == Verdict::Fail {
+            let first = self.items.iter().find(|item| item.verdict == Verdict::Fail);
+            let (what, found, hint) = match first {
+                Some(item) => (item.what.as_str(), item.found.as_str(), item.hint.clone().unwrap_or_default()),
+                None => ("check list", "failed", String::new()),
+            };
+            return Err(
+                Error::new(Kind::BadInput, format!("cannot clone '{}': {what}: {found}", order.source)).hint(hint)
+            );
+        }
+        self.choice.ok_or_else(|| Error::new(Kind::Internal, "a check list passed without a choice of backup"))
+    }
+}
+
+/// Looks at everything. An item that could not be looked at is a failed item; an error is returned only if the
+/// repository itself cannot be read.
+pub async fn check(
+    host: &CloneHost,
+    repository: &std::sync::Arc<Repository>,
+    source: &Incarnation,
+    order: &CloneOrder,
+    place: &Place,
+) -> Result<Checked> {
+    let mut items = vec![CheckItem::pass(
+        "source",
+        format!("'{}' on host '{}', {} {}", source.instance, source.host, source.engine.name(), source.engine_version),
+    )];
+    items.push(source_agent_item(host, source).await);
+    let window = window_of(repository, source).await?;
+    let backups = host.backups_of(repository, source.id).await?;
+    let named_at = match &order.target {
+        Target::Name(name) => find_name(repository, source, name).await?,
+        _ => None,
+    };
+    let choice = choose(&order.source, &source.host, &order.target, named_at, &backups, &window);
+    items.push(place_item(host, order, place)?);
+    items.push(port_item(host, order, place.port));
+    match choice {
+        Ok(choice) => {
+            items.push(CheckItem::pass("target", format!("{} is reachable", order.target)));
+            items.push(CheckItem::pass(
+                "backup",
+                format!(
+                    "'{}', consistent at {}, {}",
+                    choice.backup.id,
+                    choice.backup.stop,
+                    human_bytes(choice.backup.restored_bytes)
+                ),
+            ));
+            items.push(space_item(&choice, &place.data_dir)?);
+            let site = host.site(order, place, &choice.backup);
+            items.extend(engine_items(host, &site).await);
+            Ok(Checked { items, choice: Some(choice), refusal: None })
+        }
+        Err(refusal) => {
+            items.push(CheckItem::fail(
+                "target",
+                refusal.message(),
+                refusal.hint_text().unwrap_or("see 'keiki window'"),
+            ));
+            Ok(Checked { items, choice: None, refusal: Some(refusal) })
+        }
+    }
+}
+
+/// Asks the source's agent to ship what is durable now, so that the newest targets are reachable. A clone is possible
+/// without it.
+async fn source_agent_item(host: &CloneHost, source: &Incarnation) -> CheckItem {
+    match host.sources.ship_now(&source.host, source.id).await {
+        Ok(end) => CheckItem::pass("source's agent", format!("has shipped everything up to {}", end.position)),
+        Err(error) => CheckItem::warn(
+            "source's agent",
+            error.message(),
+            "the clone can reach what was shipped before; 'keiki window' shows how far that is",
+        ),
+    }
+}
+
+/// The position of a restore point, looked for from the newest log file back. The newest point of a name is meant.
+async fn find_name(
+    repository: &std::sync::Arc<Repository>,
+    source: &Incarnation,
+    name: &str,
+) -> Result<Option<Position>> {
+    let catalogue = LogCatalogue::load(repository.clone(), source.id).await?;
+    for file in catalogue.files().iter().rev() {
+        let summary = catalogue.summary(&file.name).await?;
+        if let Some((_, position)) = summary.named_points.iter().rev().find(|(known, _)| known == name) {
+            return Ok(Some(*position));
+        }
+    }
+    Ok(None)
+}
+
+fn place_item(host: &CloneHost, order: &CloneOrder, place: &Place) -> Result<CheckItem> {
+    let what = "data directory";
+    let dir = &place.data_dir;
+    for taken in host.registry.places() {
+        if taken.name == order.clone_name {
+            return Ok(CheckItem::fail(
+                what,
+                format!("host '{}' has an instance '{}' already", host.host_name, taken.name),
+                "choose another name with --as",
+            ));
+        }
+        if dir.starts_with(&taken.data_dir) || taken.data_dir.starts_with(dir) {
+            let found = format!("'{}' belongs to instance '{}'", dir.display(), taken.name);
+            return Ok(CheckItem::fail(what, found, "choose another directory with --dir"));
+        }
+    }
+    if host.engine.is_running(dir) {
+        let found = format!("a server is running in '{}'", dir.display());
+        return Ok(CheckItem::fail(what, found, "choose another directory with --dir"));
+    }
+    Ok(match site::objection_to(dir)? {
+        Some(objection) => CheckItem::fail(what, objection, "choose another directory with --dir"),
+        None => CheckItem::pass(what, format!("'{}' is free", dir.display())),
+    })
+}
+
+fn port_item(host: &CloneHost, order: &CloneOrder, port: u16) -> CheckItem {
+    let what = "port";
+    if let Some(taken) = host.registry.places().iter().find(|taken| taken.port == port) {
+        return CheckItem::fail(
+            what,
+            format!("{port} belongs to instance '{}'", taken.name),
+            "choose another port with --port",
+        );
+    }
+    match port_is_free(port) {
+        true => CheckItem::pass(what, format!("{port} is free")),
+        false => CheckItem::fail(
+            what,
+            format!("{port} is in use on host '{}'", host.host_name),
+            match order.port {
+                Some(_) => "choose another port with --port",
+                None => "widen '[clone] ports' in the configuration of that host",
+            },
+        ),
+    }
+}
+
+/// Whether nobody listens on a port, on any address.
+pub fn port_is_free(port: u16) -> bool {
+    TcpListener::bind(("0.0.0.0", port)).is_ok()
+}
+
+fn space_item(choice: &Choice, data_dir: &Path) -> Result<CheckItem> {
+    let log = log_bytes(choice).min(LOG_BYTES_AT_ONCE_MAX);
+    let data = choice.backup.restored_bytes;
+    let wanted = data + log + (data / MARGIN_PARTS).max(MARGIN_BYTES_MIN);
+    let existing = data_dir.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
+    let free = durable::free_bytes(existing)?;
+    let found = format!("{} free, {} wanted", human_bytes(free), human_bytes(wanted));
+    Ok(match free >= wanted {
+        true => CheckItem::pass("free disk space", found),
+        false => CheckItem::fail("free disk space", found, "choose a directory on a larger disk with --dir"),
+    })
+}
+
+/// How much log lies between the start of the backup and the end of its stretch.
+fn log_bytes(choice: &Choice) -> u64 {
+    match (choice.backup.start, choice.log_end) {
+        (Position::Wal { lsn: from, .. }, Position::Wal { lsn: to, .. }) => to.0.saturating_sub(from.0),
+        _ => 0,
+    }
+}
+
+async fn engine_items(host: &CloneHost, site: &CloneSite) -> Vec<CheckItem> {
+    host.engine.check_target(site).await.unwrap_or_else(|error| {
+        vec![CheckItem::fail("server programs", error.message(), error.hint_text().unwrap_or("see the agent's log"))]
+    })
+}
