@@ -1,0 +1,241 @@
+//! This host as its agent knows it: the configuration, the repository, the peers, the jobs and the instances.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::{Arc, OnceLock, RwLock};
+
+use async_trait::async_trait;
+use jiff::Timestamp;
+use tokio_util::sync::CancellationToken;
+
+use crate::agent::config::{Config, InstanceConfig, ShipMode};
+use crate::agent::peers::Peers;
+use crate::agent::registry;
+use crate::agent::repository::RepositoryHandle;
+use crate::agent::supervisor::{Supervisor, Surroundings};
+use crate::base::child;
+use crate::base::clock::Clock;
+use crate::engine::Engine;
+use crate::engine::postgres::{self, PostgresEngine, PostgresSource};
+use crate::error::{Error, Kind, Result};
+use crate::job::JobRunner;
+use crate::job::archive::remove_binding;
+use crate::job::ports::{InstanceRegistry, NewInstance, TakenPlace};
+use crate::model::backup::BackupKind;
+use crate::model::engine_kind::EngineKind;
+use crate::model::id::{JobId, RunId};
+use crate::model::incarnation::LeaseHolder;
+use crate::model::job::{Order, Task};
+
+/// How often the open segment of an accepted clone travels, and what its slot may hold: the configuration's defaults.
+const CLONE_SHIP_EVERY: std::time::Duration = std::time::Duration::from_secs(5);
+const CLONE_SLOT_LIMIT_BYTES: u64 = 16 << 30;
+
+/// See the module. One per agent, shared by all its tasks.
+pub struct Host {
+    pub config: Config,
+    pub clock: Arc<dyn Clock>,
+    pub began_at: Timestamp,
+    pub peers: Arc<Peers>,
+    pub repository: Arc<RepositoryHandle>,
+    pub stop: CancellationToken,
+    holder: LeaseHolder,
+    runner: OnceLock<Arc<JobRunner>>,
+    supervisors: RwLock<BTreeMap<String, Arc<Supervisor>>>,
+}
+
+impl Host {
+    /// Puts the parts together; nothing runs before [`Host::start_instances`].
+    pub fn new(config: Config, clock: Arc<dyn Clock>, peers: Arc<Peers>) -> Result<Arc<Host>> {
+        let repository = Arc::new(RepositoryHandle::new(config.repository.url.clone(), peers.clone()));
+        let process_id = std::process::id();
+        let holder = LeaseHolder {
+            host: config.host.name.clone(),
+            run: RunId::fresh(),
+            machine_id: child::machine_id()?,
+            boot_id: child::boot_id()?,
+            process_id,
+            process_start_ticks: child::process_start_ticks(process_id).unwrap_or(0),
+        };
+        Ok(Arc::new(Host {
+            began_at: clock.now(),
+            config,
+            clock,
+            peers,
+            repository,
+            stop: CancellationToken::new(),
+            holder,
+            runner: OnceLock::new(),
+            supervisors: RwLock::new(BTreeMap::new()),
+        }))
+    }
+
+    /// Gives the host its job runner, which needs the host to make work.
+    pub fn set_runner(&self, runner: Arc<JobRunner>) {
+        // Called once by the agent's start; a second runner would be ignored, and there is none.
+        let _ = self.runner.set(runner);
+    }
+
+    /// The job runner; none while the agent starts.
+    pub fn runner(&self) -> Result<&Arc<JobRunner>> {
+        self.runner
+            .get()
+            .ok_or_else(|| Error::new(Kind::Unreachable, "the agent is still starting").hint("try again in a moment"))
+    }
+
+    /// Starts a supervisor for every instance of the configuration and every accepted clone.
+    pub fn start_instances(&self) -> Result<()> {
+        for instance in &self.config.instances {
+            self.start_instance(instance.clone());
+        }
+        for clone in registry::load(&self.config.host.state_dir)? {
+            self.start_instance(clone);
+        }
+        Ok(())
+    }
+
+    fn start_instance(&self, config: InstanceConfig) {
+        let engine = engine_of(&config, self.archive_command());
+        let around = Surroundings {
+            host_name: self.config.host.name.clone(),
+            state_dir: self.config.host.state_dir.clone(),
+            repository: self.repository.clone(),
+            clock: self.clock.clone(),
+            holder: self.holder.clone(),
+            ship_lanes: self.config.limits.ship_lanes,
+        };
+        let name = config.name.clone();
+        let supervisor = Supervisor::start(config, engine, around, self.stop.child_token());
+        self.write_supervisors().insert(name, supervisor);
+    }
+
+    /// Stops archiving everything, and waits for it.
+    pub async fn stop_instances(&self) {
+        for instance in self.instances() {
+            instance.stop().await;
+        }
+    }
+
+    /// All instances in the order of their names.
+    pub fn instances(&self) -> Vec<Arc<Supervisor>> {
+        self.read_supervisors().values().cloned().collect()
+    }
+
+    /// The instance with this name, or an error that lists what there is.
+    pub fn instance(&self, name: &str) -> Result<Arc<Supervisor>> {
+        let supervisors = self.read_supervisors();
+        supervisors.get(name).cloned().ok_or_else(|| {
+            let known: Vec<String> = supervisors.keys().map(|name| format!("'{name}'")).collect();
+            let known = if known.is_empty() { "none".to_string() } else { known.join(", ") };
+            Error::new(Kind::NotFound, format!("host '{}' has no instance '{name}'", self.config.host.name))
+                .hint(format!("its instances are: {known}; 'keiki instances' shows those of all hosts"))
+        })
+    }
+
+    // The locks are held for a map operation only, which cannot panic, so a poisoned one is still good.
+    fn read_supervisors(&self) -> std::sync::RwLockReadGuard<'_, BTreeMap<String, Arc<Supervisor>>> {
+        self.supervisors.read().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    fn write_supervisors(&self) -> std::sync::RwLockWriteGuard<'_, BTreeMap<String, Arc<Supervisor>>> {
+        self.supervisors.write().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// The command that PostgreSQL calls to ask about a segment. The control socket stands in it only where it is not
+    /// the usual one.
+    pub fn archive_command(&self) -> String {
+        let socket = &self.config.host.control_socket;
+        let program = std::env::current_exe().map_or_else(|_| "keiki".to_string(), |path| path.display().to_string());
+        if socket.as_os_str() == crate::agent::config::CONTROL_SOCKET_DEFAULT {
+            format!("'{program}' wal-push %p")
+        } else {
+            format!("'{program}' --socket '{}' wal-push %p", socket.display())
+        }
+    }
+}
+
+fn engine_of(config: &InstanceConfig, archive_command: String) -> Arc<dyn Engine> {
+    Arc::new(PostgresEngine::new(PostgresSource {
+        name: config.name.clone(),
+        data_dir: config.data_dir.clone(),
+        socket_dir: config.socket_dir.clone(),
+        port: config.port,
+        user: config.user.clone(),
+        run_as: config.run_as.clone(),
+        archive_command,
+        ship: match config.ship {
+            ShipMode::ArchiveCommand => postgres::ShipMode::ArchiveCommand,
+            ShipMode::Slot => postgres::ShipMode::Slot { limit_bytes: config.slot_limit_bytes },
+        },
+    }))
+}
+
+#[async_trait]
+impl InstanceRegistry for Host {
+    fn places(&self) -> Vec<TakenPlace> {
+        self.instances()
+            .iter()
+            .map(|instance| TakenPlace {
+                name: instance.config.name.clone(),
+                data_dir: instance.config.data_dir.clone(),
+                port: instance.config.port,
+            })
+            .collect()
+    }
+
+    async fn register(&self, instance: NewInstance) -> Result<()> {
+        let config = instance_config(&instance);
+        if let Ok(present) = self.instance(&config.name) {
+            if present.config.data_dir == config.data_dir {
+                return Ok(());
+            }
+            return Err(Error::new(
+                Kind::Conflict,
+                format!("host '{}' has an instance '{}' already", self.config.host.name, config.name),
+            )
+            .hint("give the clone another name"));
+        }
+        registry::add(&self.config.host.state_dir, &config)?;
+        self.start_instance(config);
+        Ok(())
+    }
+
+    async fn unregister(&self, name: &str) -> Result<()> {
+        registry::remove(&self.config.host.state_dir, name)?;
+        let removed = self.write_supervisors().remove(name);
+        if let Some(supervisor) = removed {
+            supervisor.stop().await;
+            remove_binding(&self.config.host.state_dir, name)?;
+        }
+        Ok(())
+    }
+
+    async fn order_first_backup(&self, name: &str) -> Result<()> {
+        let task = Task::Backup { instance: name.to_string(), kind: BackupKind::Automatic };
+        let order = Order { id: JobId::fresh(), by: "accept".to_string(), task };
+        match self.runner()?.submit(order).await {
+            // Another backup of the clone is running: that one is the first.
+            Err(error) if error.kind() == Kind::Conflict => Ok(()),
+            other => other.map(|_| ()),
+        }
+    }
+}
+
+/// An accepted clone in the words of the configuration.
+fn instance_config(clone: &NewInstance) -> InstanceConfig {
+    InstanceConfig {
+        name: clone.name.clone(),
+        engine: EngineKind::Postgres,
+        data_dir: clone.data_dir.clone(),
+        bin_dir: clone.bin_dir.clone(),
+        socket_dir: PathBuf::from(&clone.run_dir),
+        port: clone.port,
+        user: clone.run_as.clone(),
+        database: "postgres".to_string(),
+        run_as: clone.run_as.clone(),
+        ship: ShipMode::ArchiveCommand,
+        ship_every: CLONE_SHIP_EVERY,
+        slot_limit_bytes: CLONE_SLOT_LIMIT_BYTES,
+        backup: None,
+    }
+}

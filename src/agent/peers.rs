@@ -1,0 +1,69 @@
+//! The agents of the other hosts, as this one reaches them.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+
+use crate::agent::config::Config;
+use crate::base::clock::Clock;
+use crate::base::retry::RetryPolicy;
+use crate::engine::DurableEnd;
+use crate::error::{Error, Kind, Result};
+use crate::job::ports::SourceAgents;
+use crate::model::id::IncarnationId;
+use crate::peer::api::{Request, Response};
+use crate::peer::client::{Client, PeerObjects};
+use crate::peer::tls::TlsIdentity;
+use crate::store::Store;
+use crate::store::peer::PeerStore;
+
+/// A client for each configured peer; connections are made when they are needed.
+pub struct Peers {
+    clients: BTreeMap<String, Arc<Client>>,
+    clock: Arc<dyn Clock>,
+}
+
+impl Peers {
+    /// Takes the configured peers. Without TLS in the configuration there are none to be reached.
+    pub fn new(config: &Config, identity: Option<&Arc<TlsIdentity>>, clock: Arc<dyn Clock>) -> Peers {
+        let mut clients = BTreeMap::new();
+        if let Some(identity) = identity {
+            for peer in &config.peers {
+                clients.insert(peer.name.clone(), Arc::new(Client::tls(&peer.address, &peer.name, identity.clone())));
+            }
+        }
+        Peers { clients, clock }
+    }
+
+    /// Asks the agent of a host by name.
+    pub async fn ask(&self, host: &str, request: Request) -> Result<Response> {
+        self.client(host)?.ask(request).await
+    }
+
+    /// The repository of another agent, as a store.
+    pub fn store(&self, host: &str) -> Result<Arc<dyn Store>> {
+        let objects = Arc::new(PeerObjects::new(self.client(host)?.clone(), host));
+        Ok(Arc::new(PeerStore::over(objects, self.clock.clone(), RetryPolicy::brief())))
+    }
+
+    fn client(&self, host: &str) -> Result<&Arc<Client>> {
+        self.clients.get(host).ok_or_else(|| {
+            let known = self.clients.keys().map(|name| format!("'{name}'")).collect::<Vec<_>>().join(", ");
+            let known = if known.is_empty() { "none is configured".to_string() } else { format!("known are {known}") };
+            Error::new(Kind::NotFound, format!("host '{host}' is not a peer of this one"))
+                .hint(format!("{known}; add it as a [[peer]] in the configuration"))
+        })
+    }
+}
+
+#[async_trait]
+impl SourceAgents for Peers {
+    async fn ship_now(&self, host: &str, incarnation: IncarnationId) -> Result<DurableEnd> {
+        match self.ask(host, Request::ShipNow { incarnation }).await? {
+            Response::Shipped { position, observed_at } => Ok(DurableEnd { position, observed_at }),
+            _ => Err(Error::new(Kind::Internal, format!("the agent of host '{host}' answered something else"))
+                .hint("install the same version of keiki on both hosts")),
+        }
+    }
+}

@@ -1,0 +1,153 @@
+//! The instances of this host: those of the configuration, and the clones that were accepted here.
+//!
+//! An accepted clone is written to `<state_dir>/instances.d/<name>.json`, so that it is an instance like any other after
+//! a restart of the agent, without anybody editing the configuration.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::agent::config::{InstanceConfig, ShipMode};
+use crate::base::durable;
+use crate::error::{Context, Error, Kind, Result};
+use crate::model::engine_kind::EngineKind;
+
+/// What is kept of an accepted clone. Not `InstanceConfig` itself: files at rest have types of their own.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RegisteredInstance {
+    version: u32,
+    name: String,
+    engine: String,
+    data_dir: PathBuf,
+    bin_dir: Option<PathBuf>,
+    socket_dir: PathBuf,
+    port: u16,
+    user: String,
+    run_as: String,
+}
+
+const VERSION: u32 = 1;
+/// How often the open segment of a clone travels; the default of the configuration.
+const SHIP_EVERY: Duration = Duration::from_secs(5);
+/// The default of the configuration; clones use `archive_command`, so that no slot of theirs exists.
+const SLOT_LIMIT_BYTES: u64 = 16 << 30;
+
+fn registry_dir(state_dir: &Path) -> PathBuf {
+    state_dir.join("instances.d")
+}
+
+fn registry_file(state_dir: &Path, name: &str) -> PathBuf {
+    registry_dir(state_dir).join(format!("{name}.json"))
+}
+
+/// All accepted clones. A file that cannot be read is an error: an instance that silently is not archived is worse.
+pub fn load(state_dir: &Path) -> Result<Vec<InstanceConfig>> {
+    let dir = registry_dir(state_dir);
+    let entries = match std::fs::read_dir(&dir) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(Error::io(format!("cannot list '{}'", dir.display()), error)),
+    };
+    let mut found = Vec::new();
+    for entry in entries {
+        let path = entry.context(|| format!("cannot list '{}'", dir.display()))?.path();
+        if path.extension().is_some_and(|extension| extension == "json") {
+            found.push(read(&path)?);
+        }
+    }
+    found.sort_by(|one, other| one.name.cmp(&other.name));
+    Ok(found)
+}
+
+fn read(path: &Path) -> Result<InstanceConfig> {
+    let what = || format!("cannot read the registered instance '{}'", path.display());
+    let bytes = std::fs::read(path).context(what)?;
+    let kept: RegisteredInstance =
+        serde_json::from_slice(&bytes).map_err(|error| Error::new(Kind::Damaged, format!("{}: {error}", what())))?;
+    if kept.version != VERSION {
+        return Err(Error::new(Kind::Unsupported, format!("{}: its version is {}", what(), kept.version))
+            .hint("it was written by a newer keiki: install that version again"));
+    }
+    Ok(InstanceConfig {
+        name: kept.name,
+        engine: EngineKind::parse(&kept.engine)?,
+        data_dir: kept.data_dir,
+        bin_dir: kept.bin_dir,
+        socket_dir: kept.socket_dir,
+        port: kept.port,
+        user: kept.user,
+        database: "postgres".to_string(),
+        run_as: kept.run_as,
+        ship: ShipMode::ArchiveCommand,
+        ship_every: SHIP_EVERY,
+        slot_limit_bytes: SLOT_LIMIT_BYTES,
+        backup: None,
+    })
+}
+
+/// Writes an accepted clone durably. Writing it again is harmless.
+pub fn add(state_dir: &Path, instance: &InstanceConfig) -> Result<()> {
+    durable::create_dir_all_durable(&registry_dir(state_dir), 0o700)?;
+    let kept = RegisteredInstance {
+        version: VERSION,
+        name: instance.name.clone(),
+        engine: instance.engine.name().to_string(),
+        data_dir: instance.data_dir.clone(),
+        bin_dir: instance.bin_dir.clone(),
+        socket_dir: instance.socket_dir.clone(),
+        port: instance.port,
+        user: instance.user.clone(),
+        run_as: instance.run_as.clone(),
+    };
+    let bytes = serde_json::to_vec_pretty(&kept)
+        .map_err(|error| Error::new(Kind::Internal, format!("cannot write down instance '{}': {error}", kept.name)))?;
+    durable::write_file_durable(&registry_file(state_dir, &instance.name), &bytes, 0o600)
+}
+
+/// Forgets a clone; one that is not there is forgotten already.
+pub fn remove(state_dir: &Path, name: &str) -> Result<()> {
+    match durable::remove_file_durable(&registry_file(state_dir, name)) {
+        Err(error) if error.kind() == Kind::NotFound => Ok(()),
+        other => other,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_accepted_clone_is_an_instance_after_a_restart_until_it_is_removed() {
+        let state = tempfile::tempdir().unwrap();
+        let instance = InstanceConfig {
+            name: "copy".into(),
+            engine: EngineKind::Postgres,
+            data_dir: "/srv/clones/copy".into(),
+            bin_dir: None,
+            socket_dir: "/srv/clones/copy.run".into(),
+            port: 5500,
+            user: "postgres".into(),
+            database: "postgres".into(),
+            run_as: "postgres".into(),
+            ship: ShipMode::ArchiveCommand,
+            ship_every: SHIP_EVERY,
+            slot_limit_bytes: SLOT_LIMIT_BYTES,
+            backup: None,
+        };
+        add(state.path(), &instance).unwrap();
+        assert_eq!(load(state.path()).unwrap(), [instance]);
+        remove(state.path(), "copy").unwrap();
+        remove(state.path(), "copy").unwrap();
+        assert!(load(state.path()).unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_damaged_registration_is_an_error_and_not_an_instance_less() {
+        let state = tempfile::tempdir().unwrap();
+        std::fs::create_dir(state.path().join("instances.d")).unwrap();
+        std::fs::write(state.path().join("instances.d/copy.json"), "{").unwrap();
+        assert_eq!(load(state.path()).unwrap_err().kind(), Kind::Damaged);
+    }
+}

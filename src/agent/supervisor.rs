@@ -1,0 +1,270 @@
+//! One supervisor per instance: it waits until the server and the repository are there, claims the incarnation, and
+//! then ships for as long as it may. What happens in between only wakes it.
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
+
+use jiff::Timestamp;
+use tokio_util::sync::CancellationToken;
+
+use crate::agent::config::InstanceConfig;
+use crate::agent::repository::RepositoryHandle;
+use crate::base::clock::Clock;
+use crate::base::durable;
+use crate::base::users::User;
+use crate::engine::Engine;
+use crate::error::{Error, Kind, Result};
+use crate::job::archive::{ArchiveState, Archiver, ArchiverOptions};
+use crate::job::backup::BackupSource;
+use crate::job::ports::RepositoryDoor;
+use crate::model::backup::{Backup, BackupKind};
+use crate::model::id::IncarnationId;
+use crate::model::incarnation::LeaseHolder;
+use crate::peer::access::Caller;
+use crate::peer::api::{InstanceState, InstanceStatus};
+use crate::repo::backup_reader::Backups;
+
+/// How long to wait before a server or a repository that was not there is looked at again.
+const LOOK_AGAIN: Duration = Duration::from_secs(2);
+/// After a refusal that somebody must act on there is no hurry, but acting must be enough: no restart is needed.
+const LOOK_AGAIN_AFTER_REFUSAL: Duration = Duration::from_secs(15);
+
+/// What a supervisor needs of its host.
+#[derive(Clone)]
+pub struct Surroundings {
+    pub host_name: String,
+    pub state_dir: PathBuf,
+    pub repository: Arc<RepositoryHandle>,
+    pub clock: Arc<dyn Clock>,
+    pub holder: LeaseHolder,
+    pub ship_lanes: usize,
+}
+
+/// An instance of this host with the task that archives it.
+pub struct Supervisor {
+    pub config: InstanceConfig,
+    pub engine: Arc<dyn Engine>,
+    around: Surroundings,
+    state: Mutex<State>,
+    stop: CancellationToken,
+    task: Mutex<Option<tokio::task::JoinHandle<()>>>,
+}
+
+#[derive(Default)]
+struct State {
+    archiver: Option<Arc<Archiver>>,
+    /// Why there is no archiver, while there is none.
+    obstacle: Option<Error>,
+    /// Kept between looks, because a published manifest does not change.
+    backups: Option<Arc<Backups>>,
+}
+
+impl Supervisor {
+    /// Starts the task; it ends when `stop` is cancelled.
+    pub fn start(
+        config: InstanceConfig,
+        engine: Arc<dyn Engine>,
+        around: Surroundings,
+        stop: CancellationToken,
+    ) -> Arc<Supervisor> {
+        let supervisor = Arc::new(Supervisor {
+            config,
+            engine,
+            around,
+            state: Mutex::default(),
+            stop: stop.clone(),
+            task: Mutex::new(None),
+        });
+        let runner = supervisor.clone();
+        let task = tokio::spawn(async move { runner.run().await });
+        *supervisor.task.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = Some(task);
+        supervisor
+    }
+
+    // The lock is held for looks and assignments only, which cannot panic.
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// Claims and ships until the agent stops.
+    async fn run(&self) {
+        while !self.stop.is_cancelled() {
+            let error = match self.claim().await {
+                Ok(archiver) => {
+                    tracing::info!("archiving '{}' as incarnation {}", self.config.name, archiver.incarnation());
+                    self.lock().archiver = Some(archiver.clone());
+                    let ended = archiver.run(self.stop.clone()).await;
+                    self.lock().archiver = None;
+                    match ended {
+                        Ok(()) => return,
+                        Err(error) => error,
+                    }
+                }
+                Err(error) => error,
+            };
+            let is_news = self.lock().obstacle.as_ref() != Some(&error);
+            if is_news {
+                tracing::warn!("not archiving '{}': {error}", self.config.name);
+            }
+            let pause = if is_refusal(&error) { LOOK_AGAIN_AFTER_REFUSAL } else { LOOK_AGAIN };
+            self.lock().obstacle = Some(error);
+            tokio::select! {
+                () = self.stop.cancelled() => {}
+                () = self.around.clock.sleep(pause) => {}
+            }
+        }
+    }
+
+    async fn claim(&self) -> Result<Arc<Archiver>> {
+        let repository = self.around.repository.repository().await?;
+        let options = ArchiverOptions { ship_every: self.config.ship_every, parallel_files: self.around.ship_lanes };
+        Archiver::claim(
+            &self.config.name,
+            &self.around.host_name,
+            &self.around.state_dir,
+            self.engine.clone(),
+            repository,
+            self.around.holder.clone(),
+            self.around.clock.clone(),
+            options,
+        )
+        .await
+    }
+
+    /// The archiver, or why there is none now.
+    pub fn archiver(&self) -> Result<Arc<Archiver>> {
+        let state = self.lock();
+        if let Some(archiver) = &state.archiver {
+            return Ok(archiver.clone());
+        }
+        Err(state.obstacle.clone().unwrap_or_else(|| {
+            let name = &self.config.name;
+            Error::new(Kind::Unreachable, format!("instance '{name}' is being looked at for the first time"))
+                .hint("try again in a moment")
+        }))
+    }
+
+    /// The incarnation that is being archived, if one is.
+    pub fn incarnation(&self) -> Option<IncarnationId> {
+        self.lock().archiver.as_ref().map(|archiver| archiver.incarnation())
+    }
+
+    /// Refuses a local caller who neither owns the data directory nor runs the server nor is an administrator.
+    pub fn check_asker(&self, caller: &Caller) -> Result<()> {
+        let Caller::Local { uid, is_admin, .. } = caller else {
+            return Err(Error::new(Kind::Forbidden, "only processes of this host may ask whether a segment is safe"));
+        };
+        let runs_it = User::by_name(&self.config.run_as).is_ok_and(|user| user.uid == *uid);
+        if *is_admin || runs_it {
+            return Ok(());
+        }
+        Err(Error::new(Kind::Forbidden, format!("{caller} may not ask about the log of '{}'", self.config.name))
+            .hint(format!("its server runs as '{}': is [[instance]] run_as right?", self.config.run_as)))
+    }
+
+    /// What a backup job needs of this instance.
+    pub fn backup_source(self: &Arc<Self>) -> Result<BackupSource> {
+        let spool_dir = self.around.state_dir.join("spool");
+        durable::create_dir_all_durable(&spool_dir, 0o700)?;
+        let supervisor = self.clone();
+        Ok(BackupSource {
+            instance: self.config.name.clone(),
+            host: self.around.host_name.clone(),
+            engine: self.engine.clone(),
+            archiver: Arc::new(move || supervisor.archiver()),
+            spool_dir,
+            clock: self.around.clock.clone(),
+        })
+    }
+
+    /// When the newest automatic backup began.
+    pub async fn last_automatic_backup_began_at(&self) -> Result<Option<Timestamp>> {
+        let backups = self.backups().await?;
+        let automatic = backups.iter().filter(|backup| backup.kind == BackupKind::Automatic);
+        Ok(automatic.map(|backup| backup.began_at).max())
+    }
+
+    /// The backups of the current incarnation, oldest first.
+    async fn backups(&self) -> Result<Vec<Backup>> {
+        let incarnation = self.archiver()?.incarnation();
+        let repository = self.around.repository.repository().await?;
+        let backups = self.lock().backups.get_or_insert_with(|| Arc::new(Backups::new(repository))).clone();
+        Ok(backups.list(incarnation).await?.backups)
+    }
+
+    /// What `keiki status` shows.
+    pub async fn status(&self) -> InstanceStatus {
+        let last_backup = self.backups().await.ok().and_then(|backups| backups.last().cloned());
+        let mut status = InstanceStatus {
+            name: self.config.name.clone(),
+            engine: self.config.engine.name().to_string(),
+            engine_version: None,
+            data_dir: self.config.data_dir.display().to_string(),
+            port: self.config.port,
+            state: InstanceState::Starting,
+            incarnation: None,
+            shipped: None,
+            durable: None,
+            backlog_bytes: 0,
+            backlog_seconds: 0,
+            last_backup: last_backup.map(|backup| (backup.id.to_string(), backup.ended_at)),
+            problem: None,
+        };
+        match self.archiver() {
+            Ok(archiver) => fill_from_archiver(&mut status, &archiver),
+            Err(_) => {
+                status.problem = self.lock().obstacle.clone();
+                status.state = match &status.problem {
+                    None => InstanceState::Starting,
+                    Some(error) if is_refusal(error) => InstanceState::Stopped,
+                    Some(_) if !self.server_is_there().await => InstanceState::Down,
+                    Some(_) => InstanceState::Retrying,
+                };
+            }
+        }
+        status
+    }
+
+    async fn server_is_there(&self) -> bool {
+        self.engine.identify().await.is_ok()
+    }
+
+    /// Stops archiving and waits until it has ended.
+    pub async fn stop(&self) {
+        self.stop.cancel();
+        let task = self.task.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).take();
+        if let Some(task) = task {
+            // A task that panicked has ended, too; the panic was reported when it happened.
+            let _ = task.await;
+        }
+    }
+}
+
+/// What the archiver says, in the words of the status.
+fn state_of(state: ArchiveState) -> InstanceState {
+    match state {
+        ArchiveState::Starting => InstanceState::Starting,
+        ArchiveState::Archiving => InstanceState::Archiving,
+        ArchiveState::Retrying => InstanceState::Retrying,
+        ArchiveState::Down => InstanceState::Down,
+        ArchiveState::Stopped => InstanceState::Stopped,
+    }
+}
+
+/// Whether somebody must act before it is worth trying again.
+fn is_refusal(error: &Error) -> bool {
+    matches!(error.kind(), Kind::Fenced | Kind::Conflict)
+}
+
+fn fill_from_archiver(status: &mut InstanceStatus, archiver: &Archiver) {
+    let now = archiver.status();
+    status.engine_version = Some(now.engine_version);
+    status.incarnation = Some(archiver.incarnation());
+    status.state = state_of(now.state);
+    status.shipped = now.shipped;
+    status.durable = now.durable;
+    status.backlog_bytes = now.backlog_bytes;
+    status.backlog_seconds = now.backlog_seconds;
+    status.problem = now.problem;
+}

@@ -1,0 +1,79 @@
+//! What people and peers want to know of the repository and of this host's instances.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::agent::host::Host;
+use crate::error::{Error, Kind, Result};
+use crate::model::backup::Backup;
+use crate::model::id::IncarnationId;
+use crate::model::incarnation::Incarnation;
+use crate::peer::access::Caller;
+use crate::peer::api::Response;
+use crate::repo::backup_reader::Backups;
+use crate::repo::incarnations::Incarnations;
+
+/// PostgreSQL asks again after an answer of "not yet", so a question need not be held for long; a segment that is just
+/// being shipped is usually done within this.
+const PUSH_WAIT: Duration = Duration::from_secs(20);
+
+/// The incarnation that a person means by an instance's name: of this host if there is one, else of any.
+pub async fn find_incarnation(host: &Host, name: &str) -> Result<Incarnation> {
+    let incarnations = Incarnations::new(host.repository.get().await?);
+    if !name.contains('/')
+        && let Ok(instance) = host.instance(name)
+        && let Some(id) = instance.incarnation()
+    {
+        return incarnations.get(id).await;
+    }
+    incarnations.find(name).await
+}
+
+pub async fn backups(host: &Host, instance: &str) -> Result<Vec<Backup>> {
+    let incarnation = find_incarnation(host, instance).await?;
+    Ok(Backups::new(host.repository.get().await?).list(incarnation.id).await?.backups)
+}
+
+pub async fn window(host: &Host, instance: &str) -> Result<Response> {
+    let incarnation = find_incarnation(host, instance).await?;
+    let repository = host.repository.get().await?;
+    let window = crate::job::window::window_of(&repository, &incarnation).await?;
+    Ok(Response::Window { incarnation: incarnation.id, window })
+}
+
+/// Ships everything that is durable now, for a peer that is about to clone.
+pub async fn ship_now(host: &Host, incarnation: IncarnationId) -> Result<Response> {
+    let owner = host.instances().into_iter().find(|instance| instance.incarnation() == Some(incarnation));
+    let owner = owner.ok_or_else(|| {
+        Error::new(
+            Kind::NotFound,
+            format!("host '{}' does not archive incarnation '{incarnation}'", host.config.host.name),
+        )
+        .hint("was the instance moved, or is its agent still starting? 'keiki status' on that host says")
+    })?;
+    let end = owner.archiver()?.ship_now().await?;
+    Ok(Response::Shipped { position: end.position, observed_at: end.observed_at })
+}
+
+/// Answers PostgreSQL's question whether a segment is safe: only when it is.
+pub async fn push_log(host: &Arc<Host>, caller: &Caller, data_dir: &str, file: &str) -> Result<Response> {
+    let asked = std::path::Path::new(data_dir);
+    let canonical = asked.canonicalize().unwrap_or_else(|_| asked.to_path_buf());
+    let instance = host.instances().into_iter().find(|instance| {
+        let own = &instance.config.data_dir;
+        own == asked || own.canonicalize().is_ok_and(|own| own == canonical)
+    });
+    let instance = instance.ok_or_else(|| {
+        Error::new(
+            Kind::Fenced,
+            format!("cannot archive '{file}': no instance of this host has data directory '{data_dir}'"),
+        )
+        .hint(
+            "is this a copy of another server with its settings? set archive_mode = off there, or make it an \
+                 [[instance]] of its own",
+        )
+    })?;
+    instance.check_asker(caller)?;
+    instance.archiver()?.wait_durable(file, PUSH_WAIT).await?;
+    Ok(Response::Done)
+}

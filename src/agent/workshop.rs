@@ -1,0 +1,89 @@
+//! Makes the work for an order, out of what this host has.
+
+use std::sync::{Arc, Weak};
+
+use crate::agent::host::Host;
+use crate::engine::postgres::clone::PostgresCloner;
+use crate::error::{Error, Kind, Result};
+use crate::job::backup::BackupWork;
+use crate::job::clone::{self, CloneHost, CloneWork};
+use crate::job::{Work, Workshop};
+use crate::model::check::CheckItem;
+use crate::model::job::{JobReport, Order, Task};
+
+/// The workshop of an agent. It knows the host only weakly: the host owns the runner, which owns the workshop.
+pub struct AgentWorkshop {
+    host: Weak<Host>,
+}
+
+impl AgentWorkshop {
+    pub fn new(host: &Arc<Host>) -> Arc<AgentWorkshop> {
+        Arc::new(AgentWorkshop { host: Arc::downgrade(host) })
+    }
+
+    fn host(&self) -> Result<Arc<Host>> {
+        self.host.upgrade().ok_or_else(|| Error::new(Kind::Cancelled, "the agent is stopping"))
+    }
+
+    /// What clones on this host get.
+    fn clone_host(&self, host: &Arc<Host>) -> Arc<CloneHost> {
+        let config = &host.config.clone;
+        Arc::new(CloneHost {
+            host_name: host.config.host.name.clone(),
+            state_dir: host.config.host.state_dir.clone(),
+            data_root: config.data_root.clone(),
+            ports: config.ports.clone(),
+            run_as: config.run_as.clone(),
+            listen_addresses: config.listen_addresses.clone(),
+            bin_dir: config.bin_dir.clone(),
+            archive_command: host.archive_command(),
+            lanes: host.config.limits.clone_lanes,
+            engine: Arc::new(PostgresCloner::default()),
+            repository: host.repository.clone(),
+            sources: host.peers.clone(),
+            registry: host.clone(),
+        })
+    }
+
+    /// The check list of a clone order, for `--check`.
+    pub async fn check_clone(&self, order: &Order) -> Result<Vec<CheckItem>> {
+        let Task::Clone(clone) = &order.task else {
+            return Err(
+                Error::new(Kind::Unsupported, "a backup has no check list").hint("'keiki doctor' checks the instance")
+            );
+        };
+        let host = self.host()?;
+        self.clone_host(&host).check_only(clone).await
+    }
+
+    /// Deletes a clone: one that waits in quarantine through its job, an accepted one by what its job recorded.
+    pub async fn discard(&self, name: &str) -> Result<JobReport> {
+        let host = self.host()?;
+        let runner = host.runner()?;
+        let accepted = runner.list().into_iter().find(|report| {
+            let is_named = matches!(&report.order.task, Task::Clone(order) if order.clone_name == name);
+            is_named && report.state == crate::model::job::JobState::Done
+        });
+        match accepted {
+            Some(report) if host.instance(name).is_ok() => {
+                let facts = runner.facts(report.order.id)?;
+                clone::remove_accepted(&self.clone_host(&host), &report, &facts).await?;
+                Ok(report)
+            }
+            _ => runner.discard(name).await,
+        }
+    }
+}
+
+impl Workshop for AgentWorkshop {
+    fn work(&self, order: &Order) -> Result<Arc<dyn Work>> {
+        let host = self.host()?;
+        match &order.task {
+            Task::Clone(clone) => Ok(Arc::new(CloneWork::new(self.clone_host(&host), clone.clone())?)),
+            Task::Backup { instance, kind } => {
+                let supervisor = host.instance(instance)?;
+                Ok(Arc::new(BackupWork::new(supervisor.backup_source()?, *kind, host.config.limits.backup_lanes)))
+            }
+        }
+    }
+}
