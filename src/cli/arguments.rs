@@ -1,0 +1,225 @@
+//! What can be typed.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+/// Grows clones of database servers: to any moment, from one host to another.
+#[derive(Parser)]
+#[command(name = "keiki", version, about, disable_help_subcommand = true, max_term_width = 110)]
+pub struct Arguments {
+    #[command(flatten)]
+    pub connect: Connect,
+    /// Print JSON instead of text.
+    #[arg(long, global = true)]
+    pub json: bool,
+    #[command(subcommand)]
+    pub verb: Option<Verb>,
+}
+
+/// How to find the agent.
+#[derive(Args)]
+pub struct Connect {
+    /// The configuration file.
+    #[arg(long, global = true, value_name = "FILE", env = "KEIKI_CONFIG", default_value = "/etc/keiki/keiki.toml")]
+    pub config: PathBuf,
+    /// The agent's control socket; found in the configuration if not given.
+    #[arg(long, global = true, value_name = "PATH", env = "KEIKI_SOCKET")]
+    pub socket: Option<PathBuf>,
+    /// Ask the agent of this host instead, through the agent of this one.
+    #[arg(long, global = true, value_name = "HOST")]
+    pub on: Option<String>,
+}
+
+#[derive(Subcommand)]
+pub enum Verb {
+    /// Run the agent of this host.
+    Agent,
+    /// Check configuration, permissions, servers, repository and peers.
+    Doctor,
+    /// Show what runs on this host: archiving, backlog, last backup, problems.
+    Status,
+    /// List the instances of this host and of its peers.
+    Instances,
+    /// List this host and its peers.
+    Hosts,
+    /// Take and list base backups.
+    Backup {
+        #[command(subcommand)]
+        action: BackupAction,
+    },
+    /// Show the moments that a clone can be made of.
+    Window { instance: String },
+    /// Grow a clone of an instance as it was at a moment.
+    Clone(CloneArguments),
+    /// Open a clone that waits in quarantine.
+    Accept { name: String },
+    /// Delete a clone that waits in quarantine.
+    Discard {
+        name: String,
+        /// Do not ask.
+        #[arg(long)]
+        yes: bool,
+    },
+    /// List, follow and steer jobs.
+    Job {
+        #[command(subcommand)]
+        action: JobAction,
+    },
+    /// Prepare the place where everything is kept.
+    Repository {
+        #[command(subcommand)]
+        action: RepositoryAction,
+    },
+    /// Make the certificates with which agents know each other.
+    Ca {
+        #[command(subcommand)]
+        action: CaAction,
+    },
+    /// Called by PostgreSQL as its archive_command: succeeds when the segment is safe in the repository.
+    #[command(name = "wal-push")]
+    WalPush {
+        /// What PostgreSQL puts in place of %p.
+        path: PathBuf,
+    },
+}
+
+#[derive(Subcommand)]
+pub enum BackupAction {
+    /// Take a base backup now.
+    Create {
+        instance: String,
+        /// Do not wait for the end.
+        #[arg(long)]
+        detach: bool,
+    },
+    /// List the backups of an instance, oldest first.
+    List { instance: String },
+    /// Show all that is known of one backup.
+    Show { instance: String, backup: String },
+}
+
+#[derive(Args)]
+pub struct CloneArguments {
+    /// The instance to clone: NAME, or HOST/NAME where several hosts have one of that name.
+    pub source: String,
+    /// The host, or the hosts, that the clone grows on; this host if not given.
+    #[arg(long, value_name = "HOST", value_delimiter = ',')]
+    pub to: Vec<String>,
+    /// The name of the clone.
+    #[arg(long = "as", value_name = "NAME")]
+    pub clone_name: String,
+    #[command(flatten)]
+    pub target: TargetArguments,
+    /// The data directory; below '[clone] data_root' of the target host if not given.
+    #[arg(long, value_name = "DIR")]
+    pub dir: Option<String>,
+    /// The port; the first free one of '[clone] ports' of the target host if not given.
+    #[arg(long, value_name = "PORT")]
+    pub port: Option<u16>,
+    /// A server setting that the clone gets, as in --set work_mem=64MB; may be repeated.
+    #[arg(long = "set", value_name = "PARAMETER=VALUE")]
+    pub settings: Vec<String>,
+    /// Print the check list and do nothing.
+    #[arg(long)]
+    pub check: bool,
+    /// Leave the clone in quarantine until 'keiki accept' or 'keiki discard'.
+    #[arg(long)]
+    pub hold: bool,
+    /// Do not wait for the end.
+    #[arg(long)]
+    pub detach: bool,
+}
+
+#[derive(Args)]
+#[group(multiple = false)]
+pub struct TargetArguments {
+    /// A time with its offset, as in '2026-11-21 09:59:00+00'.
+    #[arg(long, value_name = "TIME")]
+    pub at: Option<String>,
+    /// Exactly this backup set, at its first consistent moment.
+    #[arg(long, value_name = "BACKUP")]
+    pub backup: Option<String>,
+    /// A log position, as in 16/B374D848.
+    #[arg(long, value_name = "LSN")]
+    pub position: Option<String>,
+    /// A restore point that was named on the source.
+    #[arg(long, value_name = "NAME")]
+    pub name: Option<String>,
+    /// All that is committed now; this is the default.
+    #[arg(long)]
+    pub latest: bool,
+}
+
+#[derive(Subcommand)]
+pub enum JobAction {
+    /// List jobs, newest first.
+    List,
+    /// Show one job with its steps.
+    Show { id: String },
+    /// Watch a job until it ends.
+    Follow { id: String },
+    /// Stop a job; a clone that it was growing is deleted.
+    Cancel { id: String },
+    /// Go on with a job that failed or was interrupted.
+    Resume { id: String },
+}
+
+#[derive(Subcommand)]
+pub enum RepositoryAction {
+    /// Make the configured place a repository.
+    Init,
+}
+
+#[derive(Subcommand)]
+pub enum CaAction {
+    /// Make a certificate authority in a directory.
+    Init { dir: PathBuf },
+    /// Issue the certificate of a host or of an operator.
+    Issue {
+        dir: PathBuf,
+        /// The host that the certificate is for.
+        #[arg(long, value_name = "NAME", required_unless_present = "operator", conflicts_with = "operator")]
+        host: Option<String>,
+        /// The person that the certificate is for.
+        #[arg(long, value_name = "NAME")]
+        operator: Option<String>,
+        /// How long it is valid.
+        #[arg(long, default_value_t = 825)]
+        days: u32,
+    },
+    /// List what was issued.
+    List { dir: PathBuf },
+}
+
+/// What `keiki` without arguments prints: what one can do, in groups.
+pub fn print_overview() {
+    anstream::println!("{OVERVIEW}");
+}
+
+const OVERVIEW: &str = "\
+keiki grows clones of database servers: to any moment, from one host to another
+
+see what there is
+  keiki status                     archiving, backlog, last backup, problems
+  keiki instances | hosts          what runs where
+  keiki window INSTANCE            the moments that can be reached
+  keiki doctor                     check everything, with hints
+
+back up
+  keiki backup create INSTANCE     take a base backup now
+  keiki backup list INSTANCE
+
+clone
+  keiki clone SOURCE --to HOST --as NAME --at '2026-11-21 09:59:00+00'
+                                   add --check to see the check list only, --hold to look before it opens
+  keiki accept NAME | discard NAME decide about a clone in quarantine
+  keiki job list | follow ID       watch what is running
+
+set up
+  keiki ca init DIR                a certificate authority for your hosts
+  keiki ca issue DIR --host NAME   a certificate for one of them
+  keiki repository init            prepare the place where everything is kept
+  keiki agent                      run the agent of this host
+
+'keiki VERB --help' says more; --json prints JSON; --on HOST asks the agent of another host";

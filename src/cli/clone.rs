@@ -1,0 +1,137 @@
+//! `keiki clone`: one plain command with a check list before and a progress bar during.
+
+use std::collections::BTreeMap;
+
+use crate::cli::Outcome;
+use crate::cli::arguments::{CloneArguments, TargetArguments};
+use crate::cli::connection::{Connection, expect_response};
+use crate::cli::job::submit_and_follow;
+use crate::cli::output::checks;
+use crate::error::{Error, Kind, Result};
+use crate::model::id::{BackupId, JobId, check_name};
+use crate::model::job::{CloneOrder, Order, Task};
+use crate::model::position::Lsn;
+use crate::model::target::Target;
+use crate::peer::api::{Request, Response};
+
+pub async fn run(agent: &Connection, typed: CloneArguments, as_json: bool) -> Result<Outcome> {
+    let clone = read_order(&typed)?;
+    let hosts: Vec<Option<&str>> = match typed.to.as_slice() {
+        [] => vec![agent.host()],
+        named => named.iter().map(|host| Some(host.as_str())).collect(),
+    };
+    let own_host = own_host_name(agent).await?;
+    let mut outcome = Outcome::Good;
+    for host in hosts {
+        // The agent of this host is asked directly: it need not be its own peer.
+        let host = host.filter(|name| *name != own_host);
+        let order = Order { id: JobId::fresh(), by: String::new(), task: Task::Clone(clone.clone()) };
+        if !as_json {
+            let place = host.unwrap_or(&own_host);
+            eprintln!("{} on host '{place}' from '{}' as of {}", clone.clone_name, clone.source, clone.target);
+        }
+        let one = if typed.check {
+            let answer = agent.ask_host(host, Request::Check { order }).await?;
+            checks::print(&expect_response!(answer, "check", Response::Checks(items) => items), as_json)
+        } else {
+            submit_and_follow(agent, host, order, typed.detach, as_json).await?
+        };
+        if let Outcome::Bad = one {
+            outcome = Outcome::Bad;
+        }
+    }
+    Ok(outcome)
+}
+
+async fn own_host_name(agent: &Connection) -> Result<String> {
+    let answer = agent.ask_host(None, Request::Hello).await?;
+    Ok(expect_response!(answer, "hello", Response::Hello { host, .. } => host))
+}
+
+/// What was typed, checked as far as it can be without asking anybody.
+fn read_order(typed: &CloneArguments) -> Result<CloneOrder> {
+    check_name("a clone", &typed.clone_name)?;
+    for part in typed.source.splitn(2, '/') {
+        check_name("an instance", part)?;
+    }
+    let mut settings = BTreeMap::new();
+    for setting in &typed.settings {
+        let (name, value) = setting.split_once('=').ok_or_else(|| {
+            Error::new(Kind::BadInput, format!("cannot read setting '{setting}': there is no '='"))
+                .hint("write it as --set parameter=value")
+        })?;
+        settings.insert(name.trim().to_string(), value.to_string());
+    }
+    if let Some(dir) = &typed.dir
+        && !dir.starts_with('/')
+    {
+        return Err(Error::new(Kind::BadInput, format!("directory '{dir}' is not an absolute path"))
+            .hint("it is a directory on the target host: write it from the root"));
+    }
+    Ok(CloneOrder {
+        source: typed.source.clone(),
+        clone_name: typed.clone_name.clone(),
+        target: read_target(&typed.target)?,
+        data_dir: typed.dir.clone(),
+        port: typed.port,
+        settings,
+        hold: typed.hold,
+    })
+}
+
+fn read_target(typed: &TargetArguments) -> Result<Target> {
+    if let Some(time) = &typed.at {
+        return Target::parse_time(time);
+    }
+    if let Some(backup) = &typed.backup {
+        return Ok(Target::Backup(BackupId::parse(backup)?));
+    }
+    if let Some(position) = &typed.position {
+        return Ok(Target::Lsn(Lsn::parse(position)?));
+    }
+    match &typed.name {
+        Some(name) => Ok(Target::Name(name.clone())),
+        None => Ok(Target::Latest),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn typed() -> CloneArguments {
+        CloneArguments {
+            source: "orders".into(),
+            to: vec![],
+            clone_name: "orders-check".into(),
+            target: TargetArguments { at: None, backup: None, position: None, name: None, latest: false },
+            dir: None,
+            port: None,
+            settings: vec![],
+            check: false,
+            hold: false,
+            detach: false,
+        }
+    }
+
+    #[test]
+    fn settings_keep_everything_after_the_first_equals_sign() {
+        let order = read_order(&CloneArguments { settings: vec!["a.b = x=y".into()], ..typed() }).unwrap();
+        assert_eq!(order.settings["a.b"], " x=y");
+        assert_eq!(order.target, Target::Latest);
+    }
+
+    #[test]
+    fn what_is_typed_wrong_is_refused_before_anybody_is_asked() {
+        for wrong in [
+            CloneArguments { settings: vec!["work_mem".into()], ..typed() },
+            CloneArguments { dir: Some("relative".into()), ..typed() },
+            CloneArguments { clone_name: "../x".into(), ..typed() },
+            CloneArguments { source: "a/b/c".into(), ..typed() },
+        ] {
+            let error = read_order(&wrong).unwrap_err();
+            assert_eq!(error.kind(), Kind::BadInput);
+            assert!(error.hint_text().is_some(), "{error}");
+        }
+    }
+}
