@@ -2,9 +2,11 @@
 
 mod support;
 
+mod bad_input;
 mod engine_contract;
+mod peers;
 mod postgres_backup;
 mod postgres_clone;
 mod postgres_source;
 mod store_contract;
-mod peers;
+mod story_postgres;

@@ -1,3 +1,5 @@
-//! What several integration tests need.
+//! What the integration tests share.
 
+pub mod hosts;
+pub mod ledger;
 pub mod postgres;
