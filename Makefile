@@ -68,3 +68,8 @@ deb: build ## build the Debian package
 .PHONY: rpm
 rpm: build ## build the RPM package (needs rpmbuild)
 	packaging/package.sh rpm
+
+.PHONY: demo
+demo: install-test-servers ## two agents, a PostgreSQL, a dropped table, and a clone of the second before
+	@$(CARGO) build --locked --quiet
+	@$(WITH_SERVERS) KEIKI="$(TARGET_DIR)/debug/keiki" packaging/demo.sh
