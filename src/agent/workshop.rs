@@ -9,7 +9,7 @@ use crate::job::backup::BackupWork;
 use crate::job::clone::{self, CloneHost, CloneWork};
 use crate::job::{Work, Workshop};
 use crate::model::check::CheckItem;
-use crate::model::job::{JobReport, Order, Task};
+use crate::model::job::{JobReport, JobState, Order, Task};
 
 /// The workshop of an agent. It knows the host only weakly: the host owns the runner, which owns the workshop.
 pub struct AgentWorkshop {
@@ -60,17 +60,19 @@ impl AgentWorkshop {
     pub async fn discard(&self, name: &str) -> Result<JobReport> {
         let host = self.host()?;
         let runner = host.runner()?;
-        let accepted = runner.list().into_iter().find(|report| {
-            let is_named = matches!(&report.order.task, Task::Clone(order) if order.clone_name == name);
-            is_named && report.state == crate::model::job::JobState::Done
-        });
-        match accepted {
-            Some(report) if host.instance(name).is_ok() => {
+        let of_this_name =
+            |report: &JobReport| matches!(&report.order.task, Task::Clone(order) if order.clone_name == name);
+        // The newest first: an older job of the same name is over and gone.
+        let newest = runner.list().into_iter().find(of_this_name);
+        match newest {
+            Some(report) if report.state == JobState::Done && host.instance(name).is_ok() => {
                 let facts = runner.facts(report.order.id)?;
                 clone::remove_accepted(&self.clone_host(&host), &report, &facts).await?;
                 Ok(report)
             }
-            _ => runner.discard(name).await,
+            Some(report) if matches!(report.state, JobState::Held | JobState::Running) => runner.discard(name).await,
+            _ => Err(Error::new(Kind::NotFound, format!("host '{}' has no clone '{name}'", host.config.host.name))
+                .hint("'keiki instances' and 'keiki job list' show what there is; --on HOST asks another host")),
         }
     }
 }

@@ -20,7 +20,8 @@ macro_rules! uuid_id {
             pub fn parse(text: &str) -> Result<$name> {
                 match uuid::Uuid::try_parse(text) {
                     Ok(id) if text.len() == 36 => Ok($name(id)),
-                    _ => Err(Error::new(Kind::BadInput, format!(concat!("'{}' is not the id of ", $word), text))),
+                    _ => Err(Error::new(Kind::BadInput, format!(concat!("'{}' is not the id of ", $word), text))
+                        .hint("an id has 36 characters, as 'keiki job list' prints them")),
                 }
             }
         }

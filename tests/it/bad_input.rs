@@ -35,10 +35,11 @@ fn scene() -> Scene {
             peers: vec![("b", port_b)],
             sections: instance_section("orders", &source, "ship = \"archive_command\"\nship_every = \"1s\""),
             listen_port: port_a,
+            clone_bin_dir: &source.bin_dir,
         },
     );
     a.keiki_ok(&["repository", "init"]);
-    let b = start_b(&lab, "b", &url, port_a, port_b);
+    let b = start_b(&lab, &source, "b", &url, port_a, port_b);
     wait_for("archiving to begin", Duration::from_secs(30), || a.instance("orders")["state"] == "archiving");
     source.sql("CREATE TABLE t AS SELECT generate_series(1, 1000) AS i");
     a.keiki_ok(&["backup", "create", "orders"]);
@@ -46,16 +47,20 @@ fn scene() -> Scene {
     Scene { a, b, source, repository, lab }
 }
 
-fn start_b(lab: &Lab, name: &str, url: &str, port_a: u16, port_b: u16) -> Host {
+fn start_b(lab: &Lab, source: &TestServer, name: &str, url: &str, port_a: u16, port_b: u16) -> Host {
     let options = HostOptions {
         name,
         repository: url.to_string(),
         peers: vec![("a", port_a)],
         sections: String::new(),
         listen_port: port_b,
+        clone_bin_dir: &source.bin_dir,
     };
     Host::start(lab, &options)
 }
+
+/// What is done to a copy of the repository, and what must be said of it.
+type Damage = (&'static str, fn(&Path), &'static str);
 
 /// Runs `keiki` on a host and expects it to fail with a text and a hint.
 fn assert_refused(host: &Host, arguments: &[&str], expected: &str) {
@@ -121,8 +126,8 @@ fn damage_in_the_repository_is_found_before_a_clone_is_handed_over() {
     wait_for("the log to be sealed", Duration::from_secs(30), || sealed_segments(&scene.repository).len() >= 3);
     wait_for("the backlog to be shipped", Duration::from_secs(30), || scene.a.instance("orders")["backlog_bytes"] == 0);
 
-    let damages: [(&str, fn(&Path), &str); 6] = [
-        ("no repository", |repository| fs::remove_file(repository.join("keiki.json")).unwrap(), "no repository"),
+    let damages: [Damage; 6] = [
+        ("no repository", |repository| fs::remove_file(repository.join("keiki.json")).unwrap(), "there is none"),
         ("an unknown format", set_unknown_format_version, "format version"),
         ("a damaged manifest", |repository| flip(&find(repository, |key| key.ends_with("/manifest"))), "manifest"),
         ("a flipped bit in a pack", |repository| flip(&find(repository, |key| key.contains("/packs/"))), "pack"),
@@ -142,7 +147,8 @@ fn damage_in_the_repository_is_found_before_a_clone_is_handed_over() {
         damage(&copy);
         let before = fingerprint(&copy);
         let name = format!("d{number}");
-        let host = start_b(&scene.lab, &name, &format!("file://{}", copy.display()), free_port(), free_port());
+        let host =
+            start_b(&scene.lab, &scene.source, &name, &format!("file://{}", copy.display()), free_port(), free_port());
         println!("with {title}");
         assert_refused(&host, &["clone", "orders", "--as", "copy", "--latest"], expected);
         assert_eq!(fingerprint(&copy), before, "{title}: the repository changed");

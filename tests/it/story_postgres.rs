@@ -56,6 +56,7 @@ async fn story(version: Version) -> (usize, Vec<String>) {
             peers: vec![("b", port_b)],
             sections: instance_section("orders", &source, "ship = \"archive_command\"\nship_every = \"1s\""),
             listen_port: port_a,
+            clone_bin_dir: &source.bin_dir,
         },
     );
     a.keiki_ok(&["repository", "init"]);
@@ -68,6 +69,7 @@ async fn story(version: Version) -> (usize, Vec<String>) {
             peers: vec![("a", port_a)],
             sections: String::new(),
             listen_port: port_b,
+            clone_bin_dir: &source.bin_dir,
         },
     );
     wait_for("archiving to begin", Duration::from_secs(30), || a.instance("orders")["state"] == "archiving");

@@ -63,6 +63,8 @@ pub struct HostOptions<'a> {
     /// Further sections: instances and whatever the test is about.
     pub sections: String,
     pub listen_port: u16,
+    /// The programs of the servers that clones on this host run.
+    pub clone_bin_dir: &'a Path,
 }
 
 /// A host with a running agent, which is killed when this is dropped.
@@ -101,7 +103,7 @@ impl Host {
              [listen]\naddress = \"127.0.0.1:{listen}\"\n\n\
              [tls]\nca = \"{ca_text}/ca.pem\"\ncertificate = \"{ca_text}/issued/{name}.pem\"\nkey = \"{ca_text}/issued/{name}.key\"\n\n\
              [repository]\nurl = \"{url}\"\n\n{peers}\
-             [clone]\ndata_root = \"{clones}\"\nports = \"{from}-{to}\"\nrun_as = \"{user}\"\nlisten_addresses = \"127.0.0.1\"\n\n\
+             [clone]\ndata_root = \"{clones}\"\nports = \"{from}-{to}\"\nrun_as = \"{user}\"\nbin_dir = \"{bin_dir}\"\nlisten_addresses = \"127.0.0.1\"\n\n\
              [[allow]]\nwho = \"host:*\"\nmay = [\"status\", \"backup\", \"clone\", \"accept\", \"discard\", \"job\", \"ship\", \"read-repository\", \"write-repository\"]\ninstances = [\"*\"]\n\n{sections}",
             state = dir.join("state").display(),
             socket = dir.join("keiki.sock").display(),
@@ -111,6 +113,7 @@ impl Host {
             from = 20000 + u32::from(free_port()) % 10000,
             to = 40000,
             user = server_user().name,
+            bin_dir = options.clone_bin_dir.display(),
             sections = options.sections,
         );
         let config = dir.join("keiki.toml");
