@@ -10,6 +10,7 @@ use crate::model::id::IncarnationId;
 use crate::peer::access::{self, Caller};
 use crate::peer::api::{ObjectFacts, PutWhen, Request, Response};
 use crate::repo::incarnations::Incarnations;
+use crate::store::read::get_sized;
 use crate::store::{ByteStream, Key, ObjectInfo, PutCondition, Store, Tag};
 
 /// Whether a request belongs here.
@@ -36,16 +37,8 @@ pub async fn handle(
     match request {
         Request::GetObject { key, range } => {
             let key = Key::parse(&key)?;
-            let size_bytes = match &range {
-                Some(range) => range.end.saturating_sub(range.start),
-                None => {
-                    let missing = || Error::new(Kind::NotFound, format!("cannot read object '{key}': there is none"));
-                    store.head(&key).await?.ok_or_else(missing)?.size_bytes
-                }
-            };
-            // The size is promised before the bytes come, so a whole object is read as the range that it has now.
-            let range = range.unwrap_or(0..size_bytes);
-            let stream = store.get(&key, Some(range)).await?;
+            // The size is promised before the bytes come.
+            let (size_bytes, stream) = get_sized(store.as_ref(), &key, range).await?;
             Ok((Response::Body { size_bytes }, Some(stream)))
         }
         Request::HeadObject { key } => {

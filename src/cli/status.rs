@@ -110,7 +110,7 @@ mod tests {
         agent       0.1.0, up 1h 1m
         repository  file:///srv/keiki
 
-        INSTANCE  STATE     BACKLOG           SHIPPED TO   LAST BACKUP                         PORT
+        INSTANCE  STATE     BACKLOG           SHIPPED TO   LAST BACKUP                       PORT
         orders    retrying  32.0 MiB, 1m 15s  1@0/3000000  20261121T090000Z-k3xq, 1h 1m ago  5432
 
         orders: error: cannot store 'x': no space left

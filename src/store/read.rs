@@ -63,6 +63,29 @@ pub async fn get_optional(store: &dyn Store, key: &Key, bytes_max: u64) -> Resul
     }
 }
 
+/// A body whose size is known before its bytes come: of a range, or of the whole object as it is now. `NotFound` if
+/// there is none.
+///
+/// An object may be replaced between the question for its size and the body. Only if it is still the same afterwards
+/// does the body belong to the size; else both are asked for again.
+pub async fn get_sized(store: &dyn Store, key: &Key, range: Option<Range<u64>>) -> Result<(u64, ByteStream)> {
+    if let Some(range) = range {
+        let size_bytes = range.end.saturating_sub(range.start);
+        return Ok((size_bytes, store.get(key, Some(range)).await?));
+    }
+    /// Replaced objects are small documents with one writer: this many replacements in a row do not happen.
+    const ATTEMPTS_MAX: usize = 100;
+    for _ in 0..ATTEMPTS_MAX {
+        let missing = || Error::new(Kind::NotFound, format!("cannot read '{key}': there is none"));
+        let before = store.head(key).await?.ok_or_else(missing)?;
+        let body = store.get(key, Some(0..before.size_bytes)).await;
+        if store.head(key).await?.is_some_and(|after| after.tag == before.tag) {
+            return Ok((before.size_bytes, body?));
+        }
+    }
+    Err(Error::new(Kind::Unreachable, format!("cannot read '{key}': it is replaced all the time")))
+}
+
 /// Exactly the bytes of `range`. A store that gives another number of bytes breaks its contract, which is an error of
 /// kind `Unreachable` if there are too few (a cut connection) and `Damaged` if there are too many.
 pub async fn read_range(store: &dyn Store, key: &Key, range: Range<u64>) -> Result<Bytes> {

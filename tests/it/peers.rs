@@ -102,11 +102,8 @@ impl TestAgent {
         let response = match request {
             Request::GetObject { key, range } => {
                 let key = Key::parse(&key)?;
-                let missing = || Error::new(Kind::NotFound, format!("there is no '{key}'"));
-                let whole = store.head(&key).await?.ok_or_else(missing)?.size_bytes;
-                let range = range.unwrap_or(0..whole);
-                let size_bytes = range.end.saturating_sub(range.start);
-                return Ok((Response::Body { size_bytes }, Some(store.get(&key, Some(range)).await?)));
+                let (size_bytes, body) = keiki::store::read::get_sized(store, &key, range).await?;
+                return Ok((Response::Body { size_bytes }, Some(body)));
             }
             Request::HeadObject { key } => Response::Object(store.head(&Key::parse(&key)?).await?.map(facts)),
             Request::ListObjects { prefix, after, limit } => {

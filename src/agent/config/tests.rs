@@ -1,3 +1,5 @@
+//! Unit tests of `config`.
+
 use super::*;
 
 const SMALL: &str = "[host]\nname = \"a\"\n[repository]\nurl = \"file:///srv/keiki\"\n";

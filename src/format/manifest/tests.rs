@@ -1,3 +1,5 @@
+//! Unit tests of `manifest`.
+
 use super::*;
 use proptest::prelude::*;
 

@@ -1,3 +1,5 @@
+//! Unit tests of `archive`.
+
 use std::sync::Arc;
 use std::time::Duration;
 

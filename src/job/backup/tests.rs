@@ -1,3 +1,5 @@
+//! Unit tests of `backup`.
+
 use super::*;
 use crate::job::testing::{Site, backup_order, run_to_end};
 use crate::model::job::JobState;

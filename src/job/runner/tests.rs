@@ -1,3 +1,5 @@
+//! Unit tests of `runner`.
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};

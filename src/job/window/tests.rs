@@ -1,3 +1,5 @@
+//! Unit tests of `window`.
+
 use std::time::Duration;
 
 use super::*;

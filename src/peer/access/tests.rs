@@ -1,3 +1,5 @@
+//! Unit tests of `access`.
+
 use proptest::prelude::*;
 
 use super::*;

@@ -1,3 +1,5 @@
+//! Unit tests of `wire`.
+
 use std::collections::BTreeMap;
 
 use jiff::Timestamp;

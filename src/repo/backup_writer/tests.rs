@@ -1,3 +1,5 @@
+//! Unit tests of `backup_writer`.
+
 use std::collections::BTreeMap;
 
 use super::*;

@@ -1,3 +1,5 @@
+//! Unit tests of `lease`.
+
 use super::*;
 use crate::base::clock::ManualClock;
 use crate::model::id::RunId;

@@ -1,3 +1,5 @@
+//! Unit tests of `log_catalogue`.
+
 use super::*;
 use crate::model::position::Position;
 use crate::repo::test_site::{ship, ship_with, site};

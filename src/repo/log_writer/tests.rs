@@ -1,3 +1,5 @@
+//! Unit tests of `log_writer`.
+
 use super::*;
 use crate::repo::test_site::{Site, holder, noise, ship, site};
 use crate::store::faulty::{Fault, Operation, When};

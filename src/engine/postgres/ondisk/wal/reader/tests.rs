@@ -1,3 +1,5 @@
+//! Unit tests of `reader`.
+
 use proptest::prelude::*;
 
 use super::super::super::fixtures;
