@@ -34,9 +34,6 @@ pub(super) async fn drive(inner: Arc<Inner>, job: Arc<Job>, work: Arc<dyn Work>,
             }
         },
     }
-    if job.live.history().is_over() {
-        job.live.close().await;
-    }
 }
 
 enum RunEnd {
@@ -152,6 +149,7 @@ pub(super) async fn end(inner: &Inner, job: &Job, state: EndRecord, error: Optio
         tracing::error!(job = %job.id, "cannot record the end of a job: {second}");
         let shown = error.unwrap_or(&second);
         let at = now(inner);
+        job.live.close().await;
         job.live.end_in_memory(&Record::Ended { at, state: EndRecord::Failed, error: Some(shown.into()) });
     }
     tracing::info!(job = %job.id, state = ?state, "a job has ended");

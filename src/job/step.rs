@@ -71,7 +71,10 @@ impl Live {
             Ok((journal, outcome.map(|()| record)))
         })
         .await?;
-        *slot = Some(journal);
+        // After its end the job needs no journal. It is closed here, before anybody can see the end: whoever then goes on
+        // with the job opens it again, and nobody closes it under their hands.
+        let has_ended = matches!(record, Ok(Record::Ended { .. }));
+        *slot = (!has_ended).then_some(journal);
         let record = record?;
         self.history().apply(&record)?;
         self.publish();
