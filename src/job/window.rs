@@ -9,7 +9,7 @@ use crate::engine::{LogGeometry, log_geometry};
 use crate::error::Result;
 use crate::model::incarnation::{Incarnation, Lease};
 use crate::model::position::Position;
-use crate::model::window::Window;
+use crate::model::window::{Hole, Window};
 use crate::repo::backup_reader::Backups;
 use crate::repo::lease::read_lease;
 use crate::repo::log_catalogue::LogCatalogue;
@@ -73,7 +73,20 @@ pub async fn window_of(repo: &Arc<Repository>, incarnation: &Incarnation) -> Res
     for stretch in contiguous(&catalogue, geometry.as_ref()).await? {
         ranges.push(range_of(&catalogue, &stretch, lease.as_ref()).await?);
     }
-    Ok(window(&backups, &ranges))
+    let mut window = window(&backups, &ranges);
+    let covered = lease.and_then(|lease| lease.covered);
+    window.holes.extend(ranges.last().zip(covered).and_then(|(last, covered)| lost_tail(last, covered)));
+    Ok(window)
+}
+
+/// Log that was in the repository once and is not there any more, at its end, where no later log shows the hole.
+fn lost_tail(last: &LogRange, (position, observed_at): (Position, Timestamp)) -> Option<Hole> {
+    is_gap(last.to, position).then_some(Hole {
+        from: last.to,
+        to: position,
+        from_time: last.last_commit_at,
+        to_time: Some(observed_at),
+    })
 }
 
 async fn range_of(catalogue: &LogCatalogue, stretch: &Stretch, lease: Option<&Lease>) -> Result<LogRange> {

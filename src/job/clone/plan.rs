@@ -41,7 +41,7 @@ pub fn choose(
             .hint(format!("take a new backup: 'keiki backup create {source}'")));
     };
     match target {
-        Target::Latest => ask.newest_backup(newest, |_| true),
+        Target::Latest => ask.at_the_end(newest),
         Target::Backup(id) => {
             let backup = backups.iter().find(|backup| backup.id == *id).ok_or_else(|| {
                 ask.refuse(format!("it has no backup '{id}'"))
@@ -88,6 +88,22 @@ impl Question<'_> {
                 .hint(format!("the oldest reachable point is {}", utc_text(reach.from_time)))
         })?;
         Ok(Choice { backup: backup.clone(), log_end: reach.to })
+    }
+
+    /// The end of the log, which must follow without a hole from a backup: what lies behind a hole is not shown by
+    /// anything before it.
+    fn at_the_end(&self, newest: &Reach) -> Result<Choice> {
+        if let Some(hole) = self.window.holes.iter().find(|hole| hole.from >= newest.to) {
+            let end = end_time(newest).unwrap_or(newest.from_time);
+            return Err(self
+                .refuse(format!("no archived log covers {} to {}, and no backup was taken since", hole.from, hole.to))
+                .hint(format!(
+                    "the newest reachable point is {}; take a new backup: 'keiki backup create {}'",
+                    utc_text(end),
+                    self.source
+                )));
+        }
+        self.newest_backup(newest, |_| true)
     }
 
     fn at_time(&self, time: Timestamp, oldest: &Reach, newest: &Reach) -> Result<Choice> {
