@@ -227,7 +227,12 @@ impl CloneWork {
         })
         .await?;
         let staging = Staging { engine: self.host.engine.as_ref(), site: &site, owner: &owner, lanes: self.host.lanes };
-        stage::stage(&staging, &reader, context).await
+        // A store that does not answer must not hold up whoever cancels. The files are made before they are written, so
+        // a thread that still has a frame in hand writes into a file of this attempt or into none.
+        tokio::select! {
+            outcome = stage::stage(&staging, &reader, context) => outcome,
+            () = context.cancel.cancelled() => Err(crate::job::step::cancelled()),
+        }
     }
 
     async fn recover(&self, context: &StepContext) -> Result<()> {

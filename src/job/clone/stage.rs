@@ -17,7 +17,7 @@ use crate::error::{Context, Error, Kind, Result};
 use crate::format::manifest::{Extent, FilePart, ManifestEntry};
 use crate::job::StepContext;
 use crate::job::clone::site::give_to;
-use crate::job::clone::writers::{Landing, OpenFile, Writers};
+use crate::job::clone::writers::{Landing, MadeFile, Writers};
 use crate::model::backup::FileKind;
 use crate::repo::backup_reader::BackupReader;
 use crate::repo::restore_plan::{PackRead, plan_reads};
@@ -109,7 +109,7 @@ async fn write_batch(
     context: &StepContext,
     tell: &(dyn Fn(u64) + Sync),
 ) -> Result<()> {
-    let mut files: HashMap<usize, Arc<OpenFile>> = HashMap::new();
+    let mut files: HashMap<usize, Arc<MadeFile>> = HashMap::new();
     for (number, entry) in entries.iter().enumerate() {
         if let Some(file) = make(staging, entry, suffix)? {
             files.insert(number, Arc::new(file));
@@ -134,7 +134,7 @@ async fn write_batch(
 async fn write_read(
     reader: &BackupReader,
     writers: &Writers,
-    files: &HashMap<usize, Arc<OpenFile>>,
+    files: &HashMap<usize, Arc<MadeFile>>,
     read: PackRead,
 ) -> Result<()> {
     let mut frames = reader.read_run(read.pack, read.offsets.clone()).await?;
@@ -166,8 +166,8 @@ async fn write_read(
     }
 }
 
-/// Makes what a record is about; returns the open file if it has content to be written.
-fn make(staging: &Staging, entry: &ManifestEntry, suffix: &str) -> Result<Option<OpenFile>> {
+/// Makes what a record is about; returns the file if it has content to be written.
+fn make(staging: &Staging, entry: &ManifestEntry, suffix: &str) -> Result<Option<MadeFile>> {
     let Some(meta) = staging.engine.place(staging.site, &entry.meta())? else { return Ok(None) };
     let path = staging.site.data_dir.join(&meta.path);
     match (&meta.kind, entry) {
@@ -190,7 +190,7 @@ fn make(staging: &Staging, entry: &ManifestEntry, suffix: &str) -> Result<Option
             make_parent(staging, &path)?;
             let mut name = path.into_os_string();
             name.push(suffix);
-            open_part(staging, Path::new(&name), meta.mode, part).map(Some)
+            make_part(staging, Path::new(&name), meta.mode, part).map(Some)
         }
         (FileKind::Regular, _) => Err(Error::new(
             Kind::Internal,
@@ -221,7 +221,7 @@ fn make_directory(staging: &Staging, path: &Path) -> Result<()> {
     give_to(path, staging.owner)
 }
 
-fn open_part(staging: &Staging, path: &Path, mode: u32, part: &FilePart) -> Result<OpenFile> {
+fn make_part(staging: &Staging, path: &Path, mode: u32, part: &FilePart) -> Result<MadeFile> {
     let what = || format!("cannot make '{}'", path.display());
     let file = OpenOptions::new()
         .write(true)
@@ -239,7 +239,7 @@ fn open_part(staging: &Staging, path: &Path, mode: u32, part: &FilePart) -> Resu
     if part.is_last {
         file.set_len(part.at + part.bytes).context(what)?;
     }
-    Ok(OpenFile { path: path.display().to_string(), file })
+    Ok(MadeFile { path: path.to_path_buf() })
 }
 
 /// Reserves the blocks of a part without holes, so that they lie together. A hint: a file system that cannot do it

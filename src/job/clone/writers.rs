@@ -3,9 +3,10 @@
 //! Plain threads, because bulk work through the asynchronous runtime is several times slower. The queues are short, so
 //! that memory is bounded and a slow disk slows the reading.
 
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
@@ -20,16 +21,15 @@ use crate::repo::backup_reader::StoredFrame;
 /// Frames of up to 1 MiB that wait for one thread.
 const QUEUE_FRAMES: usize = 4;
 
-/// A file that is being restored.
-pub struct OpenFile {
-    /// For messages.
-    pub path: String,
-    pub file: File,
+/// A file that is being restored: made already, with its length and owner, and not held open. A batch of records is
+/// about more files than a process may have open; each thread holds the one that it writes.
+pub struct MadeFile {
+    pub path: PathBuf,
 }
 
 /// Where a stretch of a frame's content goes.
 pub struct Landing {
-    pub file: Arc<OpenFile>,
+    pub file: Arc<MadeFile>,
     pub at: u64,
     pub skip_bytes: usize,
     pub bytes: usize,
@@ -120,8 +120,9 @@ fn write_pieces(
     failure: &Mutex<Option<Error>>,
     written_bytes: &AtomicU64,
 ) {
+    let mut open = None;
     while let Some(piece) = pieces.blocking_recv() {
-        match write_piece(&mut decoder, &piece) {
+        match write_piece(&mut decoder, &mut open, &piece) {
             Ok(bytes) => {
                 written_bytes.fetch_add(bytes, Ordering::Relaxed);
             }
@@ -134,7 +135,23 @@ fn write_pieces(
     }
 }
 
-fn write_piece(decoder: &mut FrameDecoder, piece: &Piece) -> Result<u64> {
+/// The file that a thread wrote last, still open: the next piece is often of the same one.
+type LastFile = Option<(PathBuf, File)>;
+
+fn open_file<'a>(open: &'a mut LastFile, path: &Path) -> Result<&'a File> {
+    let (_, file) = match open.take() {
+        Some(last) if last.0 == path => open.insert(last),
+        _ => {
+            let mut options = OpenOptions::new();
+            let file = options.write(true).custom_flags(libc::O_NOFOLLOW).open(path);
+            let file = file.context(|| format!("cannot open '{}'", path.display()))?;
+            open.insert((path.to_path_buf(), file))
+        }
+    };
+    Ok(file)
+}
+
+fn write_piece(decoder: &mut FrameDecoder, open: &mut LastFile, piece: &Piece) -> Result<u64> {
     let plain: Bytes = piece.frame.decode(decoder)?;
     let mut written = 0;
     for landing in &piece.landings {
@@ -142,16 +159,14 @@ fn write_piece(decoder: &mut FrameDecoder, piece: &Piece) -> Result<u64> {
         let stretch = plain.get(landing.skip_bytes..end).ok_or_else(|| {
             Error::new(
                 Kind::Damaged,
-                format!("cannot restore '{}': its frame is shorter than its record says", landing.file.path),
+                format!("cannot restore '{}': its frame is shorter than its record says", landing.file.path.display()),
             )
             .hint("choose another backup: 'keiki backup list' shows them")
         })?;
-        landing
-            .file
-            .file
-            .write_all_at(stretch, landing.at)
-            .context(|| format!("cannot write '{}'", landing.file.path))?;
-        begin_write_back(&landing.file.file, landing.at, stretch.len() as u64);
+        let path = &landing.file.path;
+        let file = open_file(open, path)?;
+        file.write_all_at(stretch, landing.at).context(|| format!("cannot write '{}'", path.display()))?;
+        begin_write_back(file, landing.at, stretch.len() as u64);
         written += stretch.len() as u64;
     }
     Ok(written)
