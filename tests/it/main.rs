@@ -4,6 +4,7 @@ mod support;
 
 mod bad_input;
 mod engine_contract;
+mod jobs_fake;
 mod peers;
 mod postgres_backup;
 mod postgres_clone;
