@@ -37,8 +37,12 @@ pub fn run_dir_of(data_dir: &Path) -> PathBuf {
 pub fn objection_to(data_dir: &Path) -> Result<Option<String>> {
     for path in [data_dir, &run_dir_of(data_dir)] {
         match std::fs::read_dir(path) {
-            Ok(mut entries) => {
-                if entries.next().is_some() {
+            Ok(entries) => {
+                // The unfinished marker of an agent that died just then is nobody's work.
+                let is_foreign = |entry: std::io::Result<std::fs::DirEntry>| {
+                    entry.map_or(true, |entry| !is_unfinished_marker(&entry.path()))
+                };
+                if entries.into_iter().any(is_foreign) {
                     return Ok(Some(format!("directory '{}' is not empty", path.display())));
                 }
             }
@@ -50,6 +54,13 @@ pub fn objection_to(data_dir: &Path) -> Result<Option<String>> {
         }
     }
     Ok(None)
+}
+
+/// Whether this is a marker that was being written: `create_file_exclusive_durable` writes it under a name of its own
+/// first, and an agent that is killed in between leaves that behind.
+fn is_unfinished_marker(path: &Path) -> bool {
+    let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+    name.strip_prefix('.').and_then(|name| name.strip_prefix(MARKER)).is_some_and(|rest| rest.ends_with(".tmp"))
 }
 
 /// Makes both directories for a job, or finds those that it made before. Anything else there is refused and stays as it
@@ -65,6 +76,9 @@ pub fn make(data_dir: &Path, job: JobId, owner: &User) -> Result<()> {
             durable::create_dir_all_durable(parent, 0o755)?;
         }
         durable::create_dir_all_durable(&run_dir, 0o700)?;
+        for unfinished in list(&run_dir)?.iter().filter(|path| is_unfinished_marker(path)) {
+            remove_any(unfinished)?;
+        }
         let marker = Marker {
             version: MARKER_VERSION,
             job: job.to_string(),
@@ -193,6 +207,19 @@ mod tests {
         remove(&mine, job).unwrap();
         remove(&mine, job).unwrap();
         assert!(!mine.exists() && !run_dir_of(&mine).exists());
+    }
+
+    #[test]
+    fn a_marker_that_was_never_finished_is_in_nobody_s_way() {
+        let root = tempfile::tempdir().unwrap();
+        let (dir, job) = (root.path().join("clone"), JobId::fresh());
+        let user = current_user().unwrap();
+        std::fs::create_dir(run_dir_of(&dir)).unwrap();
+        std::fs::write(run_dir_of(&dir).join(".keiki_clone.json.81e28f577bcbc659.tmp"), "{").unwrap();
+        assert_eq!(objection_to(&dir).unwrap(), None);
+        make(&dir, job, &user).unwrap();
+        remove(&dir, job).unwrap();
+        assert!(!dir.exists() && !run_dir_of(&dir).exists());
     }
 
     #[test]
