@@ -3,3 +3,4 @@
 pub mod hosts;
 pub mod ledger;
 pub mod postgres;
+pub mod two_hosts;

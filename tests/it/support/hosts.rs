@@ -48,6 +48,15 @@ impl Lab {
     }
 }
 
+impl Drop for Lab {
+    /// Servers of clones that a test left running go with the lab.
+    fn drop(&mut self) {
+        for process in super::two_hosts::processes_in(self.dir.path()) {
+            let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(process as i32), nix::sys::signal::SIGKILL);
+        }
+    }
+}
+
 /// A free port on loopback. Another process may take it before it is used; tests that fail for that say so.
 pub fn free_port() -> u16 {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
@@ -121,6 +130,25 @@ impl Host {
         Host { name: name.to_string(), dir, config, agent: None }
     }
 
+    /// Starts a second agent with the configuration, the certificate and a copy of the state of another one that runs;
+    /// only its control socket and its address are its own.
+    pub fn start_twin(lab: &Lab, first: &Host, dir_name: &str, listen_port: u16) -> Host {
+        let dir = lab.path(dir_name);
+        fs::create_dir(&dir).unwrap();
+        let copied = Command::new("cp").arg("-a").arg(first.dir.join("state")).arg(&dir).status().unwrap();
+        assert!(copied.success());
+        let text = fs::read_to_string(&first.config).unwrap();
+        let (before, rest) = text.split_once("[listen]\naddress = \"127.0.0.1:").unwrap();
+        let (_, after) = rest.split_once('"').unwrap();
+        let own = format!("{before}[listen]\naddress = \"127.0.0.1:{listen_port}\"{after}")
+            .replace(first.dir.to_str().unwrap(), dir.to_str().unwrap());
+        let config = dir.join("keiki.toml");
+        fs::write(&config, own).unwrap();
+        let mut twin = Host { name: first.name.clone(), dir, config, agent: None };
+        twin.start_agent();
+        twin
+    }
+
     /// Starts the agent and waits until it answers.
     pub fn start_agent(&mut self) {
         self.spawn_agent();
@@ -143,11 +171,25 @@ impl Host {
         self.agent = Some(child);
     }
 
+    /// Process id of the running agent.
+    pub fn agent_process_id(&self) -> u32 {
+        self.agent.as_ref().unwrap().id()
+    }
+
     /// SIGKILL, as a power cut or the out-of-memory killer would do it.
     pub fn kill_agent(&mut self) {
         if let Some(mut agent) = self.agent.take() {
             agent.kill().unwrap();
             agent.wait().unwrap();
+        }
+    }
+
+    /// SIGTERM, and waits for the end.
+    pub fn stop_agent(&mut self) {
+        if let Some(mut agent) = self.agent.take() {
+            nix::sys::signal::kill(nix::unistd::Pid::from_raw(agent.id() as i32), nix::sys::signal::SIGTERM).unwrap();
+            let status = agent.wait().unwrap();
+            assert!(status.success(), "agent of '{}' ended with {status}: {}", self.name, self.log());
         }
     }
 
@@ -173,6 +215,13 @@ impl Host {
             tail(&self.log(), 40),
         );
         String::from_utf8(output.stdout).unwrap()
+    }
+
+    /// Runs `keiki`, expects a failure, returns what it said.
+    pub fn keiki_fails(&self, arguments: &[&str]) -> String {
+        let output = self.keiki(arguments);
+        assert!(!output.status.success(), "keiki {arguments:?} succeeded: {}", String::from_utf8_lossy(&output.stdout));
+        String::from_utf8(output.stderr).unwrap()
     }
 
     pub fn json(&self, arguments: &[&str]) -> serde_json::Value {
