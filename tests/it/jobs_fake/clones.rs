@@ -202,7 +202,7 @@ async fn what_cannot_be_cloned_is_refused_with_a_hint_and_leaves_no_trace() {
         assert!(error.message().starts_with("cannot clone '"), "{error}");
         assert!(error.hint_text().is_some(), "{error} has no hint");
         assert!(report.checks.iter().all(|item| item.verdict == Verdict::Pass || item.hint.is_some()));
-        assert_eq!(world.traces(), [String::new(); 0]);
+        assert_eq!(world.traces(), Vec::<String>::new());
     }
     assert!(world.directory.path().join("full/letter").exists());
     assert_eq!(world.incarnations().await.len(), 1);
@@ -266,7 +266,7 @@ async fn bad_bytes_and_missing_objects_fail_the_clone_and_its_directory_is_remov
         assert_eq!(report.state, JobState::Failed, "{part} {is_missing}");
         let error = report.error.unwrap();
         assert!(error.hint_text().is_some() || error.message().contains("object"), "{error:?}");
-        assert_eq!(world.traces(), [String::new(); 0], "{part} {is_missing}: {error}");
+        assert_eq!(world.traces(), Vec::<String>::new(), "{part} {is_missing}: {error}");
         assert_eq!(world.incarnations().await.len(), 1);
         agent.shut_down().await;
     }
@@ -309,7 +309,7 @@ async fn latest_is_refused_when_the_end_of_the_log_cannot_be_reached_rather_than
         let report = run(&agent, clone_order("check", Target::Latest)).await;
         let error = report.error.unwrap_or_else(|| panic!("without '{file}' there is no latest"));
         assert!(error.message().contains("no archived log covers"), "{error}");
-        assert_eq!(world.traces(), [String::new(); 0]);
+        assert_eq!(world.traces(), Vec::<String>::new());
         agent.shut_down().await;
         world.store.put(&objects[0].key, kept, PutCondition::Create).await.unwrap();
     }

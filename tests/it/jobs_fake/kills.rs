@@ -88,7 +88,7 @@ async fn a_clone_that_is_cancelled_while_it_is_restored_leaves_nothing() {
     agent.cancel(order.id).await.unwrap();
     let report = agent.wait(order.id).await.unwrap();
     assert_eq!(report.state, JobState::Cancelled, "{:?}", report.error);
-    assert_eq!(world.traces(), [String::new(); 0]);
+    assert_eq!(world.traces(), Vec::<String>::new());
     // The name is free again.
     world.faults.clear();
     assert_eq!(run(&agent, clone_order("check", Target::Latest)).await.state, JobState::Done);
