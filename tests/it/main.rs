@@ -3,15 +3,15 @@
 mod support;
 
 mod bad_input;
-mod cost;
+mod story_cost;
 mod engine_contract;
-mod fencing;
+mod story_fencing;
 mod jobs_fake;
-mod killing;
+mod story_killing;
 mod peers;
 mod postgres_backup;
 mod postgres_clone;
 mod postgres_source;
-mod slot;
+mod story_slot;
 mod store_contract;
 mod story_postgres;
