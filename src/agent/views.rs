@@ -1,10 +1,13 @@
 //! What people and peers want to know of the repository and of this host's instances.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use crate::agent::host::Host;
 use crate::error::{Error, Kind, Result};
+use crate::job::archive::Archiver;
+use crate::job::clone::run_dir_of;
 use crate::model::backup::Backup;
 use crate::model::id::IncarnationId;
 use crate::model::incarnation::Incarnation;
@@ -16,6 +19,9 @@ use crate::repo::incarnations::Incarnations;
 /// PostgreSQL asks again after an answer of "not yet", so a question need not be held for long; a segment that is just
 /// being shipped is usually done within this.
 const PUSH_WAIT: Duration = Duration::from_secs(20);
+
+/// How often somebody who asks early looks whether the instance is there now.
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
 
 /// The incarnation that a person means by an instance's name: of this host if there is one, else of any.
 pub async fn find_incarnation(host: &Host, name: &str) -> Result<Incarnation> {
@@ -57,16 +63,41 @@ pub async fn ship_now(host: &Host, incarnation: IncarnationId) -> Result<Respons
 
 /// Answers PostgreSQL's question whether a segment is safe: only when it is.
 pub async fn push_log(host: &Arc<Host>, caller: &Caller, data_dir: &str, file: &str) -> Result<Response> {
+    let deadline = tokio::time::Instant::now() + PUSH_WAIT;
     let asked = std::path::Path::new(data_dir);
-    let canonical = asked.canonicalize().unwrap_or_else(|_| asked.to_path_buf());
+    let archiver = loop {
+        match archiver_of(host, caller, asked, file) {
+            Err(error) if may_come_soon(asked, &error) && tokio::time::Instant::now() < deadline => {
+                tokio::time::sleep(LOOK_AGAIN).await;
+            }
+            other => break other?,
+        }
+    };
+    archiver.wait_durable(file, deadline.duration_since(tokio::time::Instant::now())).await?;
+    Ok(Response::Done)
+}
+
+/// A clone that is just being accepted asks before it is an instance, and an agent that just started has not looked at
+/// its instances yet: neither is worth a failed archive_command. A copy that somebody made by hand is told at once.
+fn may_come_soon(data_dir: &Path, error: &Error) -> bool {
+    match error.kind() {
+        Kind::NotFound => run_dir_of(data_dir).is_dir(),
+        Kind::Unreachable => true,
+        _ => false,
+    }
+}
+
+/// Who ships the log of a data directory.
+fn archiver_of(host: &Host, caller: &Caller, data_dir: &Path, file: &str) -> Result<Arc<Archiver>> {
+    let canonical = data_dir.canonicalize().unwrap_or_else(|_| data_dir.to_path_buf());
     let instance = host.instances().into_iter().find(|instance| {
         let own = &instance.config.data_dir;
-        own == asked || own.canonicalize().is_ok_and(|own| own == canonical)
+        own == data_dir || own.canonicalize().is_ok_and(|own| own == canonical)
     });
     let instance = instance.ok_or_else(|| {
         Error::new(
-            Kind::Fenced,
-            format!("cannot archive '{file}': no instance of this host has data directory '{data_dir}'"),
+            Kind::NotFound,
+            format!("cannot archive '{file}': no instance of this host has data directory '{}'", data_dir.display()),
         )
         .hint(
             "is this a copy of another server with its settings? set archive_mode = off there, or make it an \
@@ -74,6 +105,5 @@ pub async fn push_log(host: &Arc<Host>, caller: &Caller, data_dir: &str, file: &
         )
     })?;
     instance.check_asker(caller)?;
-    instance.archiver()?.wait_durable(file, PUSH_WAIT).await?;
-    Ok(Response::Done)
+    instance.archiver()
 }

@@ -40,6 +40,7 @@ mod stage;
 mod writers;
 
 use log_source::RepositoryLog;
+pub use site::run_dir_of;
 use stage::Staging;
 
 const CLAIM: &str = "claim";
