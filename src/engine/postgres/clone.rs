@@ -30,6 +30,8 @@ use crate::model::target::Target;
 
 mod prepare;
 
+pub use prepare::TABLESPACES_DIR;
+
 /// Fact of a backup: the name of the role that initdb made, which no one can take superuser rights from.
 pub const SUPERUSER_FACT: &str = "bootstrap_superuser";
 

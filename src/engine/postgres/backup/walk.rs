@@ -5,13 +5,15 @@
 //! read twice, first to learn which relations are unlogged.
 //!
 //! Links: those in `pg_tblspc` are recorded and followed, with the content under `pg_tblspc/<oid>`. A directory that
-//! the server empties (`pg_wal`) is recorded as a directory even if it is a link here. Other links are recorded and
-//! not followed. Sockets, pipes and names that are no UTF-8 are none of the server's: they are left out and named.
+//! the server empties (`pg_wal`) is recorded as a directory even if it is a link here. The directory in which a clone
+//! of ours keeps its tablespaces is left out: its content comes by way of the links. Other links are recorded and not
+//! followed. Sockets, pipes and names that are no UTF-8 are none of the server's: they are left out and named.
 
 use std::fs::{DirEntry, Metadata};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
+use crate::engine::postgres::clone::TABLESPACES_DIR;
 use crate::engine::postgres::ondisk::relation_files::{RelationDirectory, Treatment, UnloggedRelations, treatment};
 use crate::engine::postgres::ondisk::versions::Major;
 use crate::engine::postgres::source::CONTROL_FILE;
@@ -54,7 +56,7 @@ impl Walk<'_> {
             let Some(name) = name.to_str() else {
                 return (self.visit)(Found::LeftOut(format!("'{}': its name is not UTF-8", path.display())));
             };
-            if unlogged.leave_out(name) || path == Path::new(CONTROL_FILE) {
+            if unlogged.leave_out(name) || path == Path::new(CONTROL_FILE) || path == Path::new(TABLESPACES_DIR) {
                 return Ok(());
             }
             match treatment(&path, self.major) {
@@ -171,6 +173,24 @@ mod tests {
         let place = root.join(path);
         std::fs::create_dir_all(place.parent().unwrap()).unwrap();
         std::fs::write(place, content).unwrap();
+    }
+
+    #[test]
+    fn the_tablespaces_of_a_clone_are_found_once_by_way_of_their_links() {
+        let root = tempfile::tempdir().unwrap();
+        let data = root.path();
+        make(data, "keiki_tablespaces/16400/PG_15_202209061/5/16386", "x");
+        std::fs::create_dir(data.join("pg_tblspc")).unwrap();
+        std::os::unix::fs::symlink(data.join("keiki_tablespaces/16400"), data.join("pg_tblspc/16400")).unwrap();
+        let mut files = Vec::new();
+        walk(data, Major::V15, &mut |found| {
+            if let Found::File { meta, .. } = found {
+                files.push(meta.path);
+            }
+            Ok(())
+        })
+        .unwrap();
+        assert_eq!(files, ["pg_tblspc/16400/PG_15_202209061/5/16386"]);
     }
 
     #[test]
