@@ -42,6 +42,7 @@ impl AgentWorkshop {
             repository: host.repository.clone(),
             sources: host.peers.clone(),
             registry: host.clone(),
+            clock: host.clock.clone(),
         })
     }
 

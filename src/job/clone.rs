@@ -10,9 +10,9 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use jiff::Timestamp;
 
 use crate::base::bulk::run_on_thread;
+use crate::base::clock::Clock;
 use crate::base::users::User;
 use crate::engine::geometry::log_geometry;
 use crate::engine::{CloneEngine, CloneSite, Recovered};
@@ -79,6 +79,7 @@ pub struct CloneHost {
     pub repository: Arc<dyn RepositoryDoor>,
     pub sources: Arc<dyn SourceAgents>,
     pub registry: Arc<dyn InstanceRegistry>,
+    pub clock: Arc<dyn Clock>,
 }
 
 /// Where a clone will lie.
@@ -285,7 +286,7 @@ impl CloneWork {
     async fn accept(&self, context: &StepContext) -> Result<()> {
         let (site, _, source, repository) = self.site(context).await?;
         if context.fact(facts::BEGAN_AT).is_none() {
-            context.record(facts::BEGAN_AT, Timestamp::now().to_string()).await?;
+            context.record(facts::BEGAN_AT, self.host.clock.now().to_string()).await?;
         }
         accept::accept(&self.host, &repository, &source, &site, context).await
     }

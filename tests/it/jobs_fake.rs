@@ -120,6 +120,7 @@ impl World {
             repository: Arc::new(Door(self.repo.clone())),
             sources: Arc::new(Sources(self.archiver.clone())),
             registry: self.registry.clone(),
+            clock: self.clock.clone(),
         })
     }
 
