@@ -2,10 +2,18 @@
 
 use std::time::Duration;
 
+use bytes::Bytes;
+
 use super::*;
 use crate::base::clock::Clock;
+use crate::engine::postgres::geometry::WalGeometry;
+use crate::engine::postgres::ondisk::segment::SegmentSize;
 use crate::job::testing::Site;
+use crate::model::id::IncarnationId;
+use crate::model::position::Lsn;
 use crate::model::target::utc_text;
+use crate::store::memory::MemoryStore;
+use crate::store::{Key, PutCondition, Store};
 
 #[tokio::test]
 async fn the_window_reaches_from_the_first_backup_to_what_the_source_had_made_durable() {
@@ -54,4 +62,42 @@ async fn log_that_was_lost_is_a_hole_with_the_times_on_both_sides() {
     assert!(hole.from_time.unwrap() <= hole.to_time.unwrap());
     site.back_up(&archiver).await;
     assert_eq!(window_of(&site.repo, &incarnation).await.unwrap().reaches.len(), 2);
+}
+
+/// The stretches of archived WAL: of a segment in chunks the key says how far it goes.
+async fn stretches_of_wal(objects: &[&str]) -> Vec<(Position, Position)> {
+    let store: Arc<dyn Store> = Arc::new(MemoryStore::new("t"));
+    let repo = Repository::init(store.clone(), Timestamp::UNIX_EPOCH).await.unwrap();
+    let incarnation = IncarnationId::fresh();
+    for object in objects {
+        let key = Key::parse(&format!("incarnations/{incarnation}/log/{object}")).unwrap();
+        store.put(&key, Bytes::new(), PutCondition::Create).await.unwrap();
+    }
+    let catalogue = LogCatalogue::load(repo, incarnation).await.unwrap();
+    let stretches = contiguous(&catalogue, &WalGeometry::new(SegmentSize::DEFAULT)).await.unwrap();
+    stretches.iter().map(|stretch| (stretch.from, stretch.to)).collect()
+}
+
+fn wal(timeline: u32, lsn: u64) -> Position {
+    Position::Wal { timeline, lsn: Lsn(lsn) }
+}
+
+#[tokio::test]
+async fn a_new_timeline_of_the_same_life_goes_on_where_the_old_one_ended() {
+    // The server was promoted in segment 4: the old timeline's copy of it stays open, or was not even begun, the new
+    // one's begins with the same bytes.
+    let found = stretches_of_wal(&[
+        "000000010000000000000003/sealed",
+        "000000010000000000000004/000000000000-000000009000",
+        "00000002.history/sealed",
+        "000000020000000000000004/sealed",
+        "000000020000000000000005/000000000000-000000001000",
+    ])
+    .await;
+    assert_eq!(found, [(wal(1, 0x300_0000), wal(2, 0x500_1000))]);
+    let found = stretches_of_wal(&["000000010000000000000003/sealed", "000000020000000000000004/sealed"]).await;
+    assert_eq!(found, [(wal(1, 0x300_0000), wal(2, 0x500_0000))]);
+    // Segment 4 is missing on both.
+    let found = stretches_of_wal(&["000000010000000000000003/sealed", "000000020000000000000005/sealed"]).await;
+    assert_eq!(found.len(), 2);
 }
