@@ -21,8 +21,9 @@ pub trait LogGeometry: Send + Sync {
     /// The name of the file that holds the byte before `position`: where a log that ends there ends.
     fn file_before(&self, position: Position) -> Result<String>;
 
-    /// The size that every sealed log file has, if the engine's files are all of one size.
-    fn sealed_bytes(&self) -> Option<u64>;
+    /// The position of the first byte of a log file that the server will not write to again, and the position where the
+    /// log goes on behind it. Nothing for a companion.
+    fn sealed_span(&self, name: &str) -> Result<Option<(Position, Position)>>;
 }
 
 /// The geometry of the log that belongs to a backup, from the engine's facts in it (`Backup::engine_facts`).

@@ -24,7 +24,7 @@ use crate::base::retry::RetryPolicy;
 use crate::base::watch::DirectoryWatch;
 use crate::engine::{DurableEnd, Engine, LogGeometry, LogListing, LogRead};
 use crate::error::{Error, Kind, Result};
-use crate::job::window::contiguous;
+use crate::job::window::{archived_span, contiguous};
 use crate::model::id::IncarnationId;
 use crate::model::incarnation::LeaseHolder;
 use crate::model::log::{LogChunk, LogSummary};
@@ -169,7 +169,7 @@ impl Archiver {
 
     /// Whether the repository has all of the log between two positions, by what this run knows. Asks nobody.
     pub async fn has_log(&self, from: Position, to: Position) -> Result<bool> {
-        let stretches = contiguous(self.writer.catalogue(), self.geometry.as_ref()).await?;
+        let stretches = contiguous(self.writer.catalogue(), self.geometry.as_ref())?;
         Ok(stretches.iter().any(|stretch| stretch.from <= from && to <= stretch.to))
     }
 
@@ -343,7 +343,7 @@ impl Archiver {
             if known.asked.is_empty() { known.settled_file.clone() } else { None }
         };
         let listing = self.engine.list_log(after.as_deref()).await.map_err(Failure::of_server)?;
-        self.look_for_hole(&listing).await?;
+        self.look_for_hole(&listing)?;
         let ship_open = open_file == OpenFile::Now || self.is_open_file_due();
         let limits = Limits { sealed_files_max: SEALED_FILES_PER_LOOK, compare_files_max: COMPARE_FILES, ship_open };
         let archived = self.archived(&listing).await?;
@@ -460,23 +460,18 @@ impl Archiver {
     }
 
     /// Once in a run: did the server forget log before it was shipped? Archiving goes on behind the hole.
-    async fn look_for_hole(&self, listing: &LogListing) -> Result<()> {
+    fn look_for_hole(&self, listing: &LogListing) -> Result<()> {
         if self.lock().looked_for_hole {
             return Ok(());
         }
         let catalogue = self.writer.catalogue();
         let mut last = None;
         for file in catalogue.files().into_iter().rev() {
-            if self.geometry.span(&file.name, 0)?.is_some() {
-                let bytes = match (file.bytes, self.geometry.sealed_bytes()) {
-                    (Some(bytes), _) | (None, Some(bytes)) => bytes,
-                    (None, None) => catalogue.file(&file.name).await?.map_or(0, |file| file.bytes),
-                };
-                last = Some((file.name, bytes));
+            if let Some((_, end)) = archived_span(&file, self.geometry.as_ref())? {
+                last = Some(end);
                 break;
             }
         }
-        let last = last.as_ref().map(|(name, bytes)| (name.as_str(), *bytes));
         let hole = hole_before(listing, self.geometry.as_ref(), last)?;
         if let Some(hole) = &hole {
             tracing::warn!(

@@ -14,7 +14,7 @@ use crate::model::backup::BackupKind;
 use crate::model::check::{CheckItem, Verdict};
 use crate::model::id::{BackupId, JobId};
 use crate::model::job::{CloneOrder, Order, ProgressUnit, Task};
-use crate::model::position::Lsn;
+use crate::model::position::{Lsn, Position};
 use crate::model::target::Target;
 
 /// The version of the journal's lines that this keiki writes and reads.
@@ -245,6 +245,7 @@ pub enum TargetRecord {
     Lsn(String),
     Name(String),
     Backup(String),
+    Position(String),
 }
 
 impl From<&Order> for OrderRecord {
@@ -260,6 +261,7 @@ impl From<&Order> for OrderRecord {
                     Target::Latest => TargetRecord::Latest,
                     Target::Time(instant) => TargetRecord::Time(Instant(*instant)),
                     Target::Lsn(lsn) => TargetRecord::Lsn(lsn.to_string()),
+                    Target::Position(position) => TargetRecord::Position(position.to_string()),
                     Target::Name(name) => TargetRecord::Name(name.clone()),
                     Target::Backup(id) => TargetRecord::Backup(id.to_string()),
                 },
@@ -289,6 +291,7 @@ impl OrderRecord {
                         TargetRecord::Latest => Target::Latest,
                         TargetRecord::Time(instant) => Target::Time(instant.0),
                         TargetRecord::Lsn(text) => Target::Lsn(Lsn::parse(text)?),
+                        TargetRecord::Position(text) => Target::Position(Position::parse(text)?),
                         TargetRecord::Name(name) => Target::Name(name.clone()),
                         TargetRecord::Backup(text) => Target::Backup(BackupId::parse(text)?),
                     },
@@ -337,6 +340,7 @@ mod tests {
             Target::Lsn(Lsn(0x16_B374_D848)),
             Target::Name("before the migration".into()),
             Target::Backup(BackupId::parse("20261121T095900Z-k3xq").unwrap()),
+            Target::Position(Position::File { number: 12, offset: 4567 }),
         ];
         let clone = |target| {
             Task::Clone(CloneOrder {
@@ -370,7 +374,7 @@ mod tests {
         assert_eq!(records[0].first_difference(&records[0]), None);
         let (field, ..) = records[0].first_difference(&records[1]).unwrap();
         assert_eq!(field, "target");
-        let difference = records[0].first_difference(&records[5]).unwrap();
+        let difference = records[0].first_difference(&records[6]).unwrap();
         assert_eq!(difference, ("kind".into(), "clone".into(), "backup".into()));
         let mut other = records[0].clone();
         let TaskRecord::Clone { port, .. } = &mut other.task else { panic!() };

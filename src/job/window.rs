@@ -12,7 +12,7 @@ use crate::model::position::Position;
 use crate::model::window::{Hole, Window};
 use crate::repo::backup_reader::Backups;
 use crate::repo::lease::read_lease;
-use crate::repo::log_catalogue::LogCatalogue;
+use crate::repo::log_catalogue::{ListedLogFile, LogCatalogue};
 use crate::repo::repository::Repository;
 use crate::repo::window::{LogRange, window};
 
@@ -37,19 +37,19 @@ pub fn is_gap(end: Position, start: Position) -> bool {
     }
 }
 
+/// Where a file of the catalogue lies in the log; nothing for a companion.
+pub fn archived_span(file: &ListedLogFile, geometry: &dyn LogGeometry) -> Result<Option<(Position, Position)>> {
+    match file.bytes {
+        Some(bytes) => geometry.span(&file.name, bytes),
+        None => geometry.sealed_span(&file.name),
+    }
+}
+
 /// The archived log as stretches without a gap, in the order of the log.
-pub async fn contiguous(catalogue: &LogCatalogue, geometry: &dyn LogGeometry) -> Result<Vec<Stretch>> {
+pub fn contiguous(catalogue: &LogCatalogue, geometry: &dyn LogGeometry) -> Result<Vec<Stretch>> {
     let mut stretches: Vec<Stretch> = Vec::new();
     for file in catalogue.files() {
-        if geometry.span(&file.name, 0)?.is_none() {
-            continue;
-        }
-        let bytes = match (file.bytes, geometry.sealed_bytes()) {
-            (Some(bytes), _) | (None, Some(bytes)) => bytes,
-            // Engines whose files differ in size: the object itself knows.
-            (None, None) => catalogue.file(&file.name).await?.map_or(0, |file| file.bytes),
-        };
-        let Some((from, to)) = geometry.span(&file.name, bytes)?.filter(|_| bytes > 0) else { continue };
+        let Some((from, to)) = archived_span(&file, geometry)?.filter(|(from, to)| from < to) else { continue };
         match stretches.last_mut() {
             Some(last) if !is_gap(last.to, from) => {
                 last.to = last.to.max(to);
@@ -70,7 +70,7 @@ pub async fn window_of(repo: &Arc<Repository>, incarnation: &Incarnation) -> Res
     let lease = read_lease(repo, incarnation.id).await?;
     let catalogue = LogCatalogue::load(repo.clone(), incarnation.id).await?;
     let mut ranges = Vec::new();
-    for stretch in contiguous(&catalogue, geometry.as_ref()).await? {
+    for stretch in contiguous(&catalogue, geometry.as_ref())? {
         ranges.push(range_of(&catalogue, &stretch, lease.as_ref()).await?);
     }
     let mut window = window(&backups, &ranges);

@@ -6,7 +6,7 @@ use jiff::Timestamp;
 
 use crate::error::{Error, Kind, Result};
 use crate::model::id::BackupId;
-use crate::model::position::Lsn;
+use crate::model::position::{Lsn, Position};
 
 /// The moment that was ordered.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -17,6 +17,8 @@ pub enum Target {
     Time(Timestamp),
     /// All that ends at or before this position of the incarnation's own timeline.
     Lsn(Lsn),
+    /// All that ends at or before this position, which says by itself where in the log it is.
+    Position(Position),
     /// The named restore point that the user made on the source.
     Name(String),
     /// The first consistent moment of this backup set.
@@ -50,6 +52,7 @@ impl fmt::Display for Target {
             Target::Latest => write!(f, "latest"),
             Target::Time(instant) => write!(f, "{}", utc_text(*instant)),
             Target::Lsn(lsn) => write!(f, "{lsn}"),
+            Target::Position(position) => write!(f, "{position}"),
             Target::Name(name) => write!(f, "{name}"),
             Target::Backup(id) => write!(f, "{id}"),
         }

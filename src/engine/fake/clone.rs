@@ -129,6 +129,7 @@ impl Replay {
                 Target::Latest => false,
                 Target::Time(instant) => event.at > *instant,
                 Target::Lsn(lsn) => event.index > lsn.0,
+                Target::Position(position) => event.index > count_of(*position)?,
                 Target::Backup(_) => event.index > stop,
                 Target::Name(_) => false,
             };
@@ -158,6 +159,9 @@ impl Replay {
         }
         match target {
             Target::Name(_) if !self.reached => return cannot("there is no such point in the log".into()),
+            Target::Position(position) if self.count != count_of(*position)? => {
+                return cannot(format!("the log ends at #{}", self.count));
+            }
             Target::Lsn(lsn) if self.count != lsn.0 => return cannot(format!("the log ends at #{}", self.count)),
             _ => {}
         }

@@ -25,7 +25,7 @@ pub fn file_number(name: &str) -> Option<u64> {
 pub fn count_of(position: Position) -> Result<u64> {
     match position {
         Position::Count(count) => Ok(count),
-        Position::Wal { .. } => {
+        Position::Wal { .. } | Position::File { .. } => {
             Err(Error::new(Kind::Internal, format!("position '{position}' is not one of the fake engine")))
         }
     }
@@ -48,8 +48,8 @@ impl LogGeometry for FakeGeometry {
         Ok(file_name(count_of(position)?.saturating_sub(1) / EVENTS_PER_FILE))
     }
 
-    fn sealed_bytes(&self) -> Option<u64> {
-        Some(FILE_BYTES)
+    fn sealed_span(&self, name: &str) -> Result<Option<(Position, Position)>> {
+        self.span(name, FILE_BYTES)
     }
 }
 

@@ -59,8 +59,8 @@ impl LogGeometry for WalGeometry {
         Ok(SegmentName { timeline, number: self.size.number_before(lsn) }.render(self.size))
     }
 
-    fn sealed_bytes(&self) -> Option<u64> {
-        Some(u64::from(self.size.bytes()))
+    fn sealed_span(&self, name: &str) -> Result<Option<(Position, Position)>> {
+        self.span(name, u64::from(self.size.bytes()))
     }
 }
 

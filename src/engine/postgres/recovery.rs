@@ -138,6 +138,13 @@ impl Goal<'_> {
             Target::Lsn(lsn) if *lsn < self.backup_stop => {
                 Err(before_backup(&format!("position '{lsn}'"), self.backup_stop))
             }
+            Target::Position(position) => match position.wal() {
+                Ok((_, lsn)) if lsn < self.backup_stop => {
+                    Err(before_backup(&format!("position '{position}'"), self.backup_stop))
+                }
+                Ok(_) => Ok(()),
+                Err(error) => Err(error.with_kind(Kind::BadInput)),
+            },
             _ => Ok(()),
         }
     }
@@ -157,6 +164,8 @@ impl Goal<'_> {
             Target::Latest => Stop::AtEnd,
             Target::Time(instant) => Stop::BeforeTime(*instant),
             Target::Lsn(lsn) => Stop::AtLsn(*lsn),
+            // A position of another engine was refused before.
+            Target::Position(position) => position.wal().map_or(Stop::AtEnd, |(_, lsn)| Stop::AtLsn(lsn)),
             Target::Name(name) => Stop::AtName(name.clone()),
             Target::Backup(_) => Stop::AfterLsn(self.backup_stop),
         }

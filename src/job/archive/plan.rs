@@ -144,7 +144,8 @@ pub fn reached(
         let bytes = if is_whole { file.readable_bytes } else { known.map_or(0, |known| known.bytes) };
         let is_complete = is_whole || (!file.sealed && bytes >= file.readable_bytes);
         reached.is_all &= is_complete;
-        let Some((start, end)) = geometry.span(&file.name, bytes)? else { continue };
+        let span = if is_whole { geometry.sealed_span(&file.name)? } else { geometry.span(&file.name, bytes)? };
+        let Some((start, end)) = span else { continue };
         if is_releasable {
             reached.releasable = Some(if is_whole { end } else { start });
             is_releasable = is_whole;
@@ -166,14 +167,9 @@ pub fn reached(
 }
 
 /// The hole between what the repository has and the first log file that the server still has, if the server has
-/// forgotten more than was shipped. `last` is the last log file in the repository with its contiguous bytes.
-pub fn hole_before(
-    listing: &LogListing,
-    geometry: &dyn LogGeometry,
-    last: Option<(&str, u64)>,
-) -> Result<Option<Hole>> {
-    let Some((last, bytes)) = last else { return Ok(None) };
-    let Some((_, end)) = geometry.span(last, bytes)? else { return Ok(None) };
+/// forgotten more than was shipped. `end` is where the contiguous bytes of the last log file in the repository end.
+pub fn hole_before(listing: &LogListing, geometry: &dyn LogGeometry, end: Option<Position>) -> Result<Option<Hole>> {
+    let Some(end) = end else { return Ok(None) };
     for file in &listing.files {
         let Some((start, _)) = geometry.span(&file.name, 0)? else { continue };
         let is_hole = is_gap(end, start);
@@ -274,12 +270,54 @@ mod tests {
         assert_eq!(at.releasable, Some(Position::Count(128)));
     }
 
+    /// Files of any length: the number is in the name, and a finished one ends where the next begins.
+    struct Numbered;
+
+    impl LogGeometry for Numbered {
+        fn span(&self, name: &str, offset: u64) -> Result<Option<(Position, Position)>> {
+            let number = name.parse().unwrap();
+            Ok(Some((Position::File { number, offset: 0 }, Position::File { number, offset })))
+        }
+
+        fn next_file(&self, name: &str) -> Result<String> {
+            Ok((name.parse::<u64>().unwrap() + 1).to_string())
+        }
+
+        fn file_before(&self, position: Position) -> Result<String> {
+            Ok(position.file()?.0.to_string())
+        }
+
+        fn sealed_span(&self, name: &str) -> Result<Option<(Position, Position)>> {
+            let number = name.parse().unwrap();
+            Ok(Some((Position::File { number, offset: 0 }, Position::File { number: number + 1, offset: 0 })))
+        }
+    }
+
+    #[test]
+    fn numbered_files_follow_each_other_only_if_the_earlier_one_is_known_to_be_finished() {
+        let at = |number, offset| Position::File { number, offset };
+        let file = |name: &str, bytes, sealed| LogFile { name: name.into(), readable_bytes: bytes, sealed };
+        let durable_end = DurableEnd { position: at(8, 50), observed_at: jiff::Timestamp::UNIX_EPOCH };
+        let files = vec![file("7", 900, true), file("8", 50, false)];
+        let listing = LogListing { files, durable_end };
+        let known = |sealed, bytes| Some(Archived { sealed, bytes, confirmed: true, asked: false });
+        let both = |name: &str| if name == "7" { known(true, 900) } else { known(false, 50) };
+        let looked = reached(&listing, &Numbered, both).unwrap();
+        assert_eq!((looked.shipped, looked.releasable), (Some(at(8, 50)), Some(at(8, 0))));
+        let chunks = |name: &str| if name == "7" { known(false, 900) } else { None };
+        let looked = reached(&listing, &Numbered, chunks).unwrap();
+        assert_eq!((looked.shipped, looked.releasable), (Some(at(7, 900)), Some(at(7, 0))));
+        assert_eq!(hole_before(&listing, &Numbered, Some(at(7, 0))).unwrap(), None);
+        assert_eq!(hole_before(&listing, &Numbered, Some(at(7, 5))).unwrap(), None);
+        assert!(hole_before(&listing, &Numbered, Some(at(6, 900))).unwrap().is_some());
+    }
+
     #[test]
     fn log_that_the_server_forgot_before_it_was_shipped_is_a_hole() {
         let listing = listing(4, 64 * 5);
-        let hole = |last, bytes| hole_before(&listing, &FakeGeometry, Some((last, bytes))).unwrap();
-        assert_eq!(hole("00000003", FILE_BYTES), None);
-        let found = hole("00000003", 640).unwrap();
+        let hole = |end| hole_before(&listing, &FakeGeometry, Some(Position::Count(end))).unwrap();
+        assert_eq!(hole(256), None);
+        let found = hole(202).unwrap();
         assert_eq!((found.from, found.to), (Position::Count(202), Position::Count(256)));
         assert_eq!(hole_before(&listing, &FakeGeometry, None).unwrap(), None);
     }

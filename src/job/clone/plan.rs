@@ -56,6 +56,7 @@ pub fn choose(
         }
         Target::Time(time) => ask.at_time(*time, oldest, newest),
         Target::Lsn(lsn) => ask.at_lsn(*lsn, oldest, newest),
+        Target::Position(position) => ask.at_position(*position, oldest, newest),
         Target::Name(_) => match named_at {
             Some(Position::Wal { lsn, .. }) => ask.at_lsn(lsn, oldest, newest),
             Some(position) => ask.at_position(position, oldest, newest),
@@ -140,7 +141,7 @@ impl Question<'_> {
     fn at_lsn(&self, lsn: Lsn, oldest: &Reach, newest: &Reach) -> Result<Choice> {
         let timeline_at = |reach: &Reach| match reach.to {
             Position::Wal { timeline, .. } => timeline,
-            Position::Count(_) => 0,
+            Position::Count(_) | Position::File { .. } => 0,
         };
         let fitting = self
             .window
@@ -153,6 +154,11 @@ impl Question<'_> {
     }
 
     fn at_position(&self, position: Position, oldest: &Reach, newest: &Reach) -> Result<Choice> {
+        if std::mem::discriminant(&position) != std::mem::discriminant(&newest.to) {
+            return Err(self
+                .refuse("that is no position in the log of its engine")
+                .hint(format!("a position of its log looks like '{}'", newest.to)));
+        }
         if position < oldest.from {
             return Err(self
                 .refuse("it lies before the first backup is consistent")
@@ -247,6 +253,7 @@ mod tests {
         assert_eq!(ask(Target::Time(second(300))).unwrap(), 220);
         assert_eq!(ask(Target::Lsn(Lsn(49))).unwrap(), 20);
         assert_eq!(ask(Target::Lsn(Lsn(100))).unwrap(), 50);
+        assert_eq!(ask(Target::Position(lsn(100))).unwrap(), 50);
         assert_eq!(ask(Target::Latest).unwrap(), 220);
         let (backups, _) = scene();
         assert_eq!(ask(Target::Backup(backups[1].id.clone())).unwrap(), 50);
@@ -285,6 +292,11 @@ mod tests {
                 Target::Lsn(Lsn(301)),
                 "cannot clone 'orders' to 0/12D: its archive ends at 1@0/12C",
                 "newest reachable position",
+            ),
+            (
+                Target::Position(Position::File { number: 1, offset: 2 }),
+                "cannot clone 'orders' to file:1:2: that is no position in the log of its engine",
+                "1@0/12C",
             ),
             (
                 Target::Name("x".into()),

@@ -74,7 +74,7 @@ async fn stretches_of_wal(objects: &[&str]) -> Vec<(Position, Position)> {
         store.put(&key, Bytes::new(), PutCondition::Create).await.unwrap();
     }
     let catalogue = LogCatalogue::load(repo, incarnation).await.unwrap();
-    let stretches = contiguous(&catalogue, &WalGeometry::new(SegmentSize::DEFAULT)).await.unwrap();
+    let stretches = contiguous(&catalogue, &WalGeometry::new(SegmentSize::DEFAULT)).unwrap();
     stretches.iter().map(|stretch| (stretch.from, stretch.to)).collect()
 }
 

@@ -110,6 +110,7 @@ impl Twin for Error {
 pub enum WirePosition {
     Wal { timeline: u32, lsn: u64 },
     Count(u64),
+    File { number: u64, offset: u64 },
 }
 
 impl Twin for Position {
@@ -119,6 +120,7 @@ impl Twin for Position {
         match *self {
             Position::Wal { timeline, lsn } => WirePosition::Wal { timeline, lsn: lsn.0 },
             Position::Count(count) => WirePosition::Count(count),
+            Position::File { number, offset } => WirePosition::File { number, offset },
         }
     }
 
@@ -126,6 +128,7 @@ impl Twin for Position {
         Ok(match wire {
             WirePosition::Wal { timeline, lsn } => Position::Wal { timeline, lsn: Lsn(lsn) },
             WirePosition::Count(count) => Position::Count(count),
+            WirePosition::File { number, offset } => Position::File { number, offset },
         })
     }
 }
@@ -137,6 +140,7 @@ pub enum WireTarget {
     Lsn(u64),
     Name(String),
     Backup(String),
+    Position(WirePosition),
 }
 
 impl Twin for Target {
@@ -147,6 +151,7 @@ impl Twin for Target {
             Target::Latest => WireTarget::Latest,
             Target::Time(instant) => WireTarget::Time(instant.to_wire()),
             Target::Lsn(lsn) => WireTarget::Lsn(lsn.0),
+            Target::Position(position) => WireTarget::Position(position.to_wire()),
             Target::Name(name) => WireTarget::Name(name.clone()),
             Target::Backup(id) => WireTarget::Backup(id.to_wire()),
         }
@@ -157,6 +162,7 @@ impl Twin for Target {
             WireTarget::Latest => Target::Latest,
             WireTarget::Time(instant) => Target::Time(Twin::from_wire(instant)?),
             WireTarget::Lsn(lsn) => Target::Lsn(Lsn(lsn)),
+            WireTarget::Position(position) => Target::Position(Twin::from_wire(position)?),
             WireTarget::Name(name) => Target::Name(name),
             WireTarget::Backup(id) => Target::Backup(Twin::from_wire(id)?),
         })

@@ -32,6 +32,7 @@ fn position() -> impl Strategy<Value = Position> {
     prop_oneof![
         (any::<u32>(), any::<u64>()).prop_map(|(timeline, lsn)| Position::Wal { timeline, lsn: Lsn(lsn) }),
         any::<u64>().prop_map(Position::Count),
+        (any::<u64>(), any::<u64>()).prop_map(|(number, offset)| Position::File { number, offset }),
     ]
 }
 
@@ -64,6 +65,7 @@ fn target() -> impl Strategy<Value = Target> {
         Just(Target::Latest),
         instant().prop_map(Target::Time),
         any::<u64>().prop_map(|lsn| Target::Lsn(Lsn(lsn))),
+        position().prop_map(Target::Position),
         text().prop_map(Target::Name),
         backup_id().prop_map(Target::Backup),
     ]
