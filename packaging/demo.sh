@@ -44,7 +44,7 @@ bold() { if [ -t 1 ]; then printf '\n\033[1m%s\033[0m\n' "$*"; else printf '\n%s
 show() { printf '  $ %s\n' "$*"; }
 indent() { sed 's/^/    /'; }
 free_port() { python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
-sql() { psql -X -q -A -t -v ON_ERROR_STOP=1 -h "$1" -p "$2" -U "$server_user" -d postgres -c "$3"; }
+sql() { "$pg_bin/psql" -X -q -A -t -v ON_ERROR_STOP=1 -h "$1" -p "$2" -U "$server_user" -d postgres -c "$3"; }
 on_a() { "$keiki" --config "$lab/host-a/keiki.toml" "$@"; }
 on_b() { "$keiki" --config "$lab/host-b/keiki.toml" "$@"; }
 

@@ -140,6 +140,19 @@ main() {
         [ -e /etc/ssl/certs/ca-certificates.crt ] || missing+=(ca-certificates)
     fi
 
+    # Every installed system has one; a bare root file system may not. The agent tells machines apart by it.
+    if [ ! -s /etc/machine-id ]; then
+        if [ "$(id -u)" != 0 ]; then
+            say "error: there is no /etc/machine-id, by which the agent tells machines apart"
+            say "hint: 'sudo $(printf %q "$here/test-servers.sh")' makes one, or 'sudo systemd-machine-id-setup'"
+            exit 1
+        fi
+        say "making /etc/machine-id, which is missing"
+        tr -d - </proc/sys/kernel/random/uuid >/etc/machine-id.new
+        chmod 444 /etc/machine-id.new
+        mv /etc/machine-id.new /etc/machine-id
+    fi
+
     if [ ${#missing[@]} -gt 0 ]; then
         command -v apt-get >/dev/null || fail "missing: ${missing[*]}, and there is no apt-get to install it with"
         if [ "$(id -u)" != 0 ]; then

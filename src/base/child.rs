@@ -360,9 +360,19 @@ pub fn boot_id() -> Result<String> {
     one_line(Path::new("/proc/sys/kernel/random/boot_id"))
 }
 
-/// The id of this machine's installation (machine-id(5)).
+/// The id of this machine's installation (machine-id(5)), which must have been given: leases tell machines apart by it.
 pub fn machine_id() -> Result<String> {
-    one_line(Path::new("/etc/machine-id"))
+    let path = "/etc/machine-id";
+    let id = match one_line(Path::new(path)) {
+        Err(error) if error.kind() != Kind::NotFound => return Err(error),
+        other => other.unwrap_or_default(),
+    };
+    // `uninitialized` is there during the first boot of an image.
+    if id.is_empty() || id == "uninitialized" {
+        return Err(Error::new(Kind::Unsupported, format!("this machine has no id in '{path}'"))
+            .hint("archives are guarded by it; 'systemd-machine-id-setup' makes one"));
+    }
+    Ok(id)
 }
 
 fn one_line(path: &Path) -> Result<String> {
