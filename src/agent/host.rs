@@ -146,12 +146,24 @@ impl Host {
     pub fn archive_command(&self) -> String {
         let socket = &self.config.host.control_socket;
         let program = std::env::current_exe().map_or_else(|_| "keiki".to_string(), |path| path.display().to_string());
+        // Linux says this of a program that was replaced while it runs, as by an upgrade (proc(5), "/proc/pid/exe").
+        let program = shell_word(program.trim_end_matches(" (deleted)"));
         if socket.as_os_str() == crate::agent::config::CONTROL_SOCKET_DEFAULT {
-            format!("'{program}' wal-push %p")
+            format!("{program} wal-push %p")
         } else {
-            format!("'{program}' --socket '{}' wal-push %p", socket.display())
+            format!("{program} --socket {} wal-push %p", shell_word(&socket.display().to_string()))
         }
     }
+}
+
+/// A path as a word of an `archive_command`: a shell reads it, after PostgreSQL has replaced what begins with `%`
+/// (PostgreSQL manual, "archive_command").
+fn shell_word(path: &str) -> String {
+    let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'/' | b'.' | b'_' | b'-' | b'+');
+    if path.bytes().all(is_plain) {
+        return path.to_string();
+    }
+    format!("'{}'", path.replace('%', "%%").replace('\'', "'\\''"))
 }
 
 fn engine_of(config: &InstanceConfig, archive_command: String) -> Arc<dyn Engine> {
@@ -237,5 +249,17 @@ fn instance_config(clone: &NewInstance) -> InstanceConfig {
         ship_every: CLONE_SHIP_EVERY,
         slot_limit_bytes: CLONE_SLOT_LIMIT_BYTES,
         backup: None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_path_in_an_archive_command_reads_back_as_itself() {
+        assert_eq!(shell_word("/usr/bin/keiki"), "/usr/bin/keiki");
+        assert_eq!(shell_word("/opt/my keiki"), "'/opt/my keiki'");
+        assert_eq!(shell_word("/o'p%t"), r"'/o'\''p%%t'");
     }
 }
