@@ -23,6 +23,7 @@ mod registry;
 mod repository;
 mod schedule;
 mod service;
+mod sources;
 mod supervisor;
 mod views;
 mod workshop;

@@ -3,15 +3,10 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use async_trait::async_trait;
-
 use crate::agent::config::Config;
 use crate::base::clock::Clock;
 use crate::base::retry::RetryPolicy;
-use crate::engine::DurableEnd;
 use crate::error::{Error, Kind, Result};
-use crate::job::ports::SourceAgents;
-use crate::model::id::IncarnationId;
 use crate::peer::api::{Request, Response};
 use crate::peer::client::{Client, PeerObjects};
 use crate::peer::tls::TlsIdentity;
@@ -54,16 +49,5 @@ impl Peers {
             Error::new(Kind::NotFound, format!("host '{host}' is not a peer of this one"))
                 .hint(format!("{known}; add it as a [[peer]] in the configuration"))
         })
-    }
-}
-
-#[async_trait]
-impl SourceAgents for Peers {
-    async fn ship_now(&self, host: &str, incarnation: IncarnationId) -> Result<DurableEnd> {
-        match self.ask(host, Request::ShipNow { incarnation }).await? {
-            Response::Shipped { position, observed_at } => Ok(DurableEnd { position, observed_at }),
-            _ => Err(Error::new(Kind::Internal, format!("the agent of host '{host}' answered something else"))
-                .hint("install the same version of keiki on both hosts")),
-        }
     }
 }

@@ -3,6 +3,7 @@
 use std::sync::{Arc, Weak};
 
 use crate::agent::host::Host;
+use crate::agent::sources::Sources;
 use crate::engine::postgres::clone::PostgresCloner;
 use crate::error::{Error, Kind, Result};
 use crate::job::backup::BackupWork;
@@ -40,7 +41,7 @@ impl AgentWorkshop {
             lanes: host.config.limits.clone_lanes,
             engine: Arc::new(PostgresCloner::default()),
             repository: host.repository.clone(),
-            sources: host.peers.clone(),
+            sources: Arc::new(Sources(host.clone())),
             registry: host.clone(),
             clock: host.clock.clone(),
         })

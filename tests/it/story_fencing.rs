@@ -98,6 +98,8 @@ fn an_accepted_clone_beside_its_source_archives_into_its_own_incarnation_only() 
     stage.source.sql("CREATE TABLE t AS SELECT i FROM generate_series(1, 1000) AS i");
     stage.a.keiki_ok(&["backup", "create", "orders"]);
     let port = free_port();
+    // What was committed a moment ago is part of latest, on the source's own host, too.
+    stage.source.sql("INSERT INTO t VALUES (0)");
     stage.a.keiki_ok(&["clone", "orders", "--to", "a", "--as", "copy", "--port", &port.to_string(), "--latest"]);
     assert_eq!(contents(&stage.source, port), contents(&stage.source, stage.source.port));
     wait_until_state(&stage.a, "copy", "archiving");

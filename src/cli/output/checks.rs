@@ -19,6 +19,26 @@ pub fn print(items: &[CheckItem], as_json: bool) -> Outcome {
 
 /// The list as text, with colour codes.
 pub fn text(items: &[CheckItem]) -> String {
+    let all = items.iter().collect::<Vec<_>>();
+    let mut lines = item_lines(&all);
+    let count = |verdict| items.iter().filter(|item| item.verdict == verdict).count();
+    let warned = count(Verdict::Warn);
+    lines.push(format!(
+        "{} passed, {warned} {}, {} failed",
+        count(Verdict::Pass),
+        if warned == 1 { "warning" } else { "warnings" },
+        count(Verdict::Fail)
+    ));
+    lines.join("\n")
+}
+
+/// The items of a list that warn, as text, with colour codes; nothing if none does.
+pub fn warnings(items: &[CheckItem]) -> Option<String> {
+    let warnings = items.iter().filter(|item| item.verdict == Verdict::Warn).collect::<Vec<_>>();
+    (!warnings.is_empty()).then(|| item_lines(&warnings).join("\n"))
+}
+
+fn item_lines(items: &[&CheckItem]) -> Vec<String> {
     let width = items.iter().map(|item| item.what.chars().count()).max().unwrap_or(0);
     let mut lines = Vec::new();
     for item in items {
@@ -34,19 +54,22 @@ pub fn text(items: &[CheckItem]) -> String {
             }
         }
     }
-    let count = |verdict| items.iter().filter(|item| item.verdict == verdict).count();
-    lines.push(format!(
-        "{} passed, {} warnings, {} failed",
-        count(Verdict::Pass),
-        count(Verdict::Warn),
-        count(Verdict::Fail)
-    ));
-    lines.join("\n")
+    lines
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn warnings_stand_alone_with_their_hints() {
+        let items = [CheckItem::pass("server", "15.18"), CheckItem::warn("clock", "3 s apart", "run chrony")];
+        insta::assert_snapshot!(anstream::adapter::strip_str(&warnings(&items).unwrap()).to_string(), @r"
+        warn  clock  3 s apart
+                     hint: run chrony
+        ");
+        assert_eq!(warnings(&items[..1]), None);
+    }
 
     #[test]
     fn hints_stand_below_what_is_not_in_order_only() {

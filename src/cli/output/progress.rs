@@ -26,10 +26,16 @@ pub async fn follow(agent: &Connection, host: Option<&str>, id: JobId, as_json: 
         (false, true) => Box::new(Bars::new()),
         (false, false) => Box::new(Lines::default()),
     };
+    let mut warned = false;
     loop {
         let answer = agent.ask_host(host, Request::ShowJob { id }).await?;
         let report = expect_response!(answer, "show job", Response::Job(report) => report);
         view.show(&report);
+        // Early, while there is time to cancel: what is missing from a clone may not be seen later.
+        if !warned && let Some(warnings) = checks::warnings(&report.checks) {
+            view.say(&warnings);
+            warned = true;
+        }
         if report.state != JobState::Running {
             view.end();
             return Ok(print_end(&report, as_json));
@@ -65,6 +71,8 @@ pub fn print_end(report: &JobReport, as_json: bool) -> Outcome {
 
 trait View {
     fn show(&mut self, report: &JobReport);
+    /// Prints lines that stay, beside the progress.
+    fn say(&mut self, text: &str);
     fn end(&mut self);
 }
 
@@ -72,6 +80,7 @@ struct Silent;
 
 impl View for Silent {
     fn show(&mut self, _report: &JobReport) {}
+    fn say(&mut self, _text: &str) {}
     fn end(&mut self) {}
 }
 
@@ -114,6 +123,10 @@ impl View for Bars {
         }
     }
 
+    fn say(&mut self, text: &str) {
+        self.all.suspend(|| anstream::eprintln!("{text}"));
+    }
+
     fn end(&mut self) {
         for bar in &self.bars {
             if !bar.is_finished() {
@@ -154,6 +167,10 @@ impl View for Lines {
                 *shown = step.state;
             }
         }
+    }
+
+    fn say(&mut self, text: &str) {
+        anstream::eprintln!("{text}");
     }
 
     fn end(&mut self) {}
