@@ -268,6 +268,7 @@ impl CloneWork {
         let last = recovered.last_commit_at.map_or("no transaction since the backup".to_string(), |at| {
             format!("last transaction at {}", utc_text(at))
         });
+        context.progress().note(format!("reached {}", recovered.departed_at));
         context.result("reached", format!("{}, {last}", recovered.departed_at));
         for item in &recovered.verified {
             context.result(&item.what, item.found.clone());
@@ -277,7 +278,13 @@ impl CloneWork {
 
     async fn clean_up(&self, context: &StepContext) -> Result<()> {
         let (site, _, _, _) = self.site(context).await?;
-        for item in self.host.engine.clean_up(&site).await? {
+        let done = self.host.engine.clean_up(&site).await?;
+        context.progress().note(match done.len() {
+            0 => "nothing to be done".to_string(),
+            1 => "1 thing was done".to_string(),
+            many => format!("{many} things were done"),
+        });
+        for item in done {
             context.result(&item.what, item.done);
         }
         Ok(())
