@@ -223,6 +223,8 @@ impl InstanceRegistry for Host {
     }
 
     async fn order_first_backup(&self, name: &str) -> Result<()> {
+        // An order that comes before the instance is archived would fail.
+        self.instance(name)?.wait_for_first_look().await;
         let task = Task::Backup { instance: name.to_string(), kind: BackupKind::Automatic };
         let order = Order { id: JobId::fresh(), by: "accept".to_string(), task };
         match self.runner()?.submit(order).await {

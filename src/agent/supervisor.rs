@@ -30,6 +30,9 @@ const LOOK_AGAIN: Duration = Duration::from_secs(2);
 /// After a refusal that somebody must act on there is no hurry, but acting must be enough: no restart is needed.
 const LOOK_AGAIN_AFTER_REFUSAL: Duration = Duration::from_secs(15);
 
+/// How often somebody who waits for the first look asks.
+const FIRST_LOOK_POLL: Duration = Duration::from_millis(50);
+
 /// What a supervisor needs of its host.
 #[derive(Clone)]
 pub struct Surroundings {
@@ -143,6 +146,17 @@ impl Supervisor {
             Error::new(Kind::Unreachable, format!("instance '{name}' is being looked at for the first time"))
                 .hint("try again in a moment")
         }))
+    }
+
+    /// Waits until the instance was looked at for the first time, whatever was found.
+    pub async fn wait_for_first_look(&self) {
+        let is_over = || {
+            let state = self.lock();
+            state.archiver.is_some() || state.obstacle.is_some()
+        };
+        while !is_over() && !self.stop.is_cancelled() {
+            self.around.clock.sleep(FIRST_LOOK_POLL).await;
+        }
     }
 
     /// The incarnation that is being archived, if one is.
