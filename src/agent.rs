@@ -17,6 +17,7 @@ use crate::peer::tls::TlsIdentity;
 pub mod config;
 mod doctor;
 mod host;
+mod launcher;
 mod objects;
 mod peers;
 mod registry;
@@ -91,6 +92,7 @@ async fn serve(config: Config, config_path: &Path) -> Result<()> {
         let listener = server::bind_tcp(address).await?;
         servers.spawn(server.serve_tls(listener, identity.clone(), host.stop.clone()));
     }
+    launcher::launch_after_boot(&workshop::clone_engine, &state_dir, &host.holder.boot_id).await?;
     host.start_instances()?;
     runner.recover_interrupted().await;
     let schedule = tokio::spawn(schedule::run(host.clone()));

@@ -144,6 +144,17 @@ pub struct CloneSite {
     pub archive_command: String,
 }
 
+/// An accepted clone at rest: what is needed to start its server again.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AcceptedClone {
+    pub data_dir: PathBuf,
+    /// As in [`CloneSite`].
+    pub run_dir: PathBuf,
+    pub bin_dir: Option<PathBuf>,
+    pub port: u16,
+    pub run_as: String,
+}
+
 /// What was asked of the server after replay, never guessed from a log line.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Recovered {
@@ -235,6 +246,10 @@ pub trait CloneEngine: Send + Sync {
     /// Stops the quarantined server cleanly and makes the whole directory durable; then, unless `open` is false,
     /// starts it as the instance that it is from now on.
     async fn hand_over(&self, site: &CloneSite, open: bool) -> Result<ServerIdentity>;
+
+    /// Starts the server of an accepted clone with its own settings. Returns when the server has taken its directory; that
+    /// it recovers from a crash first may take its time. Succeeds if it runs already.
+    async fn launch(&self, clone: &AcceptedClone) -> Result<()>;
 
     /// Stops whatever server of this site is running. Succeeds if none is.
     async fn stop(&self, site: &CloneSite) -> Result<()>;

@@ -39,7 +39,7 @@ pub struct Host {
     pub peers: Arc<Peers>,
     pub repository: Arc<RepositoryHandle>,
     pub stop: CancellationToken,
-    holder: LeaseHolder,
+    pub holder: LeaseHolder,
     runner: OnceLock<Arc<JobRunner>>,
     supervisors: RwLock<BTreeMap<String, Arc<Supervisor>>>,
 }
@@ -89,7 +89,7 @@ impl Host {
             self.start_instance(instance.clone());
         }
         for clone in registry::load(&self.config.host.state_dir)? {
-            self.start_instance(clone);
+            self.start_instance(clone.config);
         }
         Ok(())
     }
@@ -207,7 +207,7 @@ impl InstanceRegistry for Host {
             )
             .hint("give the clone another name"));
         }
-        registry::add(&self.config.host.state_dir, &config)?;
+        registry::add(&self.config.host.state_dir, &config, &self.holder.boot_id)?;
         self.start_instance(config);
         Ok(())
     }

@@ -26,6 +26,17 @@ struct RegisteredInstance {
     port: u16,
     user: String,
     run_as: String,
+    /// The boot of this machine in which the agent started the server last (`/proc/sys/kernel/random/boot_id`).
+    #[serde(default)]
+    started_in_boot: Option<String>,
+}
+
+/// An accepted clone.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Registered {
+    pub config: InstanceConfig,
+    /// The boot of this machine in which the agent started the server last.
+    pub started_in_boot: Option<String>,
 }
 
 const VERSION: u32 = 1;
@@ -43,7 +54,7 @@ fn registry_file(state_dir: &Path, name: &str) -> PathBuf {
 }
 
 /// All accepted clones. A file that cannot be read is an error: an instance that silently is not archived is worse.
-pub fn load(state_dir: &Path) -> Result<Vec<InstanceConfig>> {
+pub fn load(state_dir: &Path) -> Result<Vec<Registered>> {
     let dir = registry_dir(state_dir);
     let entries = match std::fs::read_dir(&dir) {
         Ok(entries) => entries,
@@ -57,11 +68,11 @@ pub fn load(state_dir: &Path) -> Result<Vec<InstanceConfig>> {
             found.push(read(&path)?);
         }
     }
-    found.sort_by(|one, other| one.name.cmp(&other.name));
+    found.sort_by(|one, other| one.config.name.cmp(&other.config.name));
     Ok(found)
 }
 
-fn read(path: &Path) -> Result<InstanceConfig> {
+fn read(path: &Path) -> Result<Registered> {
     let what = || format!("cannot read the registered instance '{}'", path.display());
     let bytes = std::fs::read(path).context(what)?;
     let kept: RegisteredInstance =
@@ -70,7 +81,7 @@ fn read(path: &Path) -> Result<InstanceConfig> {
         return Err(Error::new(Kind::Unsupported, format!("{}: its version is {}", what(), kept.version))
             .hint("it was written by a newer keiki: install that version again"));
     }
-    Ok(InstanceConfig {
+    let config = InstanceConfig {
         name: kept.name,
         engine: EngineKind::parse(&kept.engine)?,
         data_dir: kept.data_dir,
@@ -84,11 +95,12 @@ fn read(path: &Path) -> Result<InstanceConfig> {
         ship_every: SHIP_EVERY,
         slot_limit_bytes: SLOT_LIMIT_BYTES,
         backup: None,
-    })
+    };
+    Ok(Registered { config, started_in_boot: kept.started_in_boot })
 }
 
-/// Writes an accepted clone durably. Writing it again is harmless.
-pub fn add(state_dir: &Path, instance: &InstanceConfig) -> Result<()> {
+/// Writes an accepted clone durably, with the boot in which its server was started. Writing it again is harmless.
+pub fn add(state_dir: &Path, instance: &InstanceConfig, started_in_boot: &str) -> Result<()> {
     durable::create_dir_all_durable(&registry_dir(state_dir), 0o700)?;
     let kept = RegisteredInstance {
         version: VERSION,
@@ -100,6 +112,7 @@ pub fn add(state_dir: &Path, instance: &InstanceConfig) -> Result<()> {
         port: instance.port,
         user: instance.user.clone(),
         run_as: instance.run_as.clone(),
+        started_in_boot: Some(started_in_boot.to_string()),
     };
     let bytes = serde_json::to_vec_pretty(&kept)
         .map_err(|error| Error::new(Kind::Internal, format!("cannot write down instance '{}': {error}", kept.name)))?;
@@ -136,8 +149,9 @@ mod tests {
             slot_limit_bytes: SLOT_LIMIT_BYTES,
             backup: None,
         };
-        add(state.path(), &instance).unwrap();
-        assert_eq!(load(state.path()).unwrap(), [instance]);
+        add(state.path(), &instance, "boot").unwrap();
+        let registered = Registered { config: instance, started_in_boot: Some("boot".into()) };
+        assert_eq!(load(state.path()).unwrap(), [registered]);
         remove(state.path(), "copy").unwrap();
         remove(state.path(), "copy").unwrap();
         assert!(load(state.path()).unwrap().is_empty());

@@ -4,13 +4,23 @@ use std::sync::{Arc, Weak};
 
 use crate::agent::host::Host;
 use crate::agent::sources::Sources;
+use crate::engine::CloneEngine;
 use crate::engine::postgres::clone::PostgresCloner;
 use crate::error::{Error, Kind, Result};
 use crate::job::backup::BackupWork;
 use crate::job::clone::{self, CloneHost, CloneWork};
 use crate::job::{Work, Workshop};
 use crate::model::check::CheckItem;
+use crate::model::engine_kind::EngineKind;
 use crate::model::job::{JobReport, JobState, Order, Task};
+
+/// The engine that grows and starts clones of this kind, if there is one.
+pub fn clone_engine(kind: EngineKind) -> Option<Arc<dyn CloneEngine>> {
+    match kind {
+        EngineKind::Postgres => Some(Arc::new(PostgresCloner::default())),
+        EngineKind::Fake => None,
+    }
+}
 
 /// The workshop of an agent. It knows the host only weakly: the host owns the runner, which owns the workshop.
 pub struct AgentWorkshop {

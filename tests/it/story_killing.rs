@@ -9,7 +9,8 @@ use keiki::base::random::random_u64;
 
 use super::support::hosts::{Host, free_port, wait_for};
 use super::support::two_hosts::{
-    SOON, Ship, TwoHosts, Via, job, lasting_objects, processes_in, step, wait_until_ended, wait_until_shipped,
+    SOON, Ship, TwoHosts, Via, job, lasting_objects, processes_in, sql_at, step, try_sql_at, wait_until_ended,
+    wait_until_shipped,
 };
 
 /// How a killed job went on.
@@ -175,6 +176,49 @@ fn a_server_killed_and_started_again_goes_on_archiving() {
     }
     stage.wait_until_archiving();
     end_and_assert_whole(&stage);
+}
+
+#[test]
+fn the_server_of_an_accepted_clone_comes_back_with_the_machine_and_stays_stopped_otherwise() {
+    let mut stage = TwoHosts::start(Ship::ArchiveCommand, Via::Peer);
+    stage.source.sql("CREATE TABLE t AS SELECT i FROM generate_series(1, 1000) AS i");
+    stage.a.keiki_ok(&["backup", "create", "orders"]);
+    let port = free_port();
+    stage.a.keiki_ok(&["clone", "orders", "--to", "b", "--as", "copy", "--port", &port.to_string(), "--latest"]);
+    wait_until_shipped(&stage.b, "copy");
+    wait_for("the clone's first backup", SOON, || !stage.b.instance("copy")["last_backup"].is_null());
+    sql_at(&stage.source, port, "INSERT INTO t VALUES (-1)");
+
+    // The power goes: everything of the host ends at once.
+    stage.b.kill_agent();
+    for pid in processes_in(&stage.clone_dir("copy")) {
+        // Those that ended because the first one did are gone already.
+        let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid as i32), nix::sys::signal::Signal::SIGKILL);
+    }
+    wait_for("the clone's server to end", SOON, || processes_in(&stage.clone_dir("copy")).is_empty());
+    // Perhaps nothing on this machine has reaped the process yet, so that its number is in use. That is not so after a
+    // restart, which also empties the directory of sockets.
+    std::fs::remove_file(stage.clone_dir("copy").join("postmaster.pid")).unwrap();
+    std::fs::remove_file(stage.source.socket_dir.join(format!(".s.PGSQL.{port}.lock"))).unwrap();
+    stage.b.start_agent();
+    assert!(processes_in(&stage.clone_dir("copy")).is_empty(), "started although the machine was not restarted");
+
+    stage.b.stop_agent();
+    let registered = stage.b.dir.join("state/instances.d/copy.json");
+    let text = std::fs::read_to_string(&registered).unwrap();
+    let this_boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
+    assert!(text.contains(this_boot.trim()), "{text}");
+    std::fs::write(&registered, text.replace(this_boot.trim(), "another-boot")).unwrap();
+    stage.b.start_agent();
+    let limit = Instant::now() + SOON;
+    while let Err(said) = try_sql_at(&stage.source, port, "SELECT 1") {
+        let server_log = std::fs::read_to_string(stage.clone_dir("copy.run").join("postgresql.log")).unwrap();
+        assert!(Instant::now() < limit, "the clone does not answer: {said}\n{}\n{server_log}", stage.b.log());
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    assert_eq!(sql_at(&stage.source, port, "SELECT count(*) FROM t"), "1001");
+    sql_at(&stage.source, port, "SELECT pg_switch_wal()");
+    wait_until_shipped(&stage.b, "copy");
 }
 
 /// Ships the rest and holds the whole archive against the server: nothing missing, nothing twice, and a clone is exact.

@@ -12,7 +12,9 @@ use crate::base::durable::{remove_file_durable, write_file_durable};
 use crate::engine::fake::database::{VERSION, identity_of, is_running_in, stop_in};
 use crate::engine::fake::geometry::{EVENTS_PER_FILE, FILE_BYTES, FakeGeometry, count_of, file_name};
 use crate::engine::fake::record::{Event, RECORD_BYTES};
-use crate::engine::{CleanUpItem, CloneEngine, CloneSite, LogGeometry, LogSource, Progress, Recovered, ServerIdentity};
+use crate::engine::{
+    AcceptedClone, CleanUpItem, CloneEngine, CloneSite, LogGeometry, LogSource, Progress, Recovered, ServerIdentity,
+};
 use crate::error::{Context, Error, Kind, Result};
 use crate::model::backup::FileMeta;
 use crate::model::check::CheckItem;
@@ -99,6 +101,13 @@ impl CloneEngine for FakeCloneEngine {
             write_file_durable(&site.data_dir.join("running"), b"0", 0o600)?;
         }
         identity_of(&site.data_dir)
+    }
+
+    async fn launch(&self, clone: &AcceptedClone) -> Result<()> {
+        if is_running_in(&clone.data_dir) {
+            return Ok(());
+        }
+        write_file_durable(&clone.data_dir.join("running"), b"0", 0o600)
     }
 
     async fn stop(&self, site: &CloneSite) -> Result<()> {

@@ -20,7 +20,9 @@ use crate::engine::postgres::server::{Programs, Server, is_in_use, pause, runnin
 use crate::engine::postgres::session::Session;
 use crate::engine::postgres::settings::SourceSettings;
 use crate::engine::postgres::{check_target, clean_up, recovery};
-use crate::engine::{CleanUpItem, CloneEngine, CloneSite, LogGeometry, LogSource, Progress, Recovered, ServerIdentity};
+use crate::engine::{
+    AcceptedClone, CleanUpItem, CloneEngine, CloneSite, LogGeometry, LogSource, Progress, Recovered, ServerIdentity,
+};
 use crate::error::{Context, Error, Kind, Result};
 use crate::model::backup::FileMeta;
 use crate::model::check::CheckItem;
@@ -34,6 +36,12 @@ pub use prepare::TABLESPACES_DIR;
 
 /// Fact of a backup: the name of the role that initdb made, which no one can take superuser rights from.
 pub const SUPERUSER_FACT: &str = "bootstrap_superuser";
+
+/// Says the major version of a data directory (PostgreSQL manual, "Database File Layout").
+const VERSION_FILE: &str = "PG_VERSION";
+
+/// Where a clone's server writes what it does not write elsewhere by its own settings, in the clone's run directory.
+const LOG_FILE: &str = "postgresql.log";
 
 /// Databases that are asked in, the first that lets us in: either may have been removed or closed.
 const DATABASES: [&str; 2] = ["postgres", "template1"];
@@ -75,7 +83,7 @@ impl Grounds {
             user,
             socket_dir: site.run_dir.clone(),
             port: site.port,
-            log_file: site.run_dir.join("postgresql.log"),
+            log_file: site.run_dir.join(LOG_FILE),
         };
         Ok(Grounds { server, control, source: SourceSettings::from_facts(&site.facts), roles })
     }
@@ -243,12 +251,58 @@ impl CloneEngine for PostgresCloner {
         })
     }
 
+    async fn launch(&self, clone: &AcceptedClone) -> Result<()> {
+        if self.is_running(&clone.data_dir) {
+            return Ok(());
+        }
+        let path = clone.data_dir.join(VERSION_FILE);
+        let version = std::fs::read_to_string(&path).context(|| format!("cannot read '{}'", path.display()))?;
+        let wanted = clone.bin_dir.as_deref().or(self.default_bin_dir.as_deref());
+        let name = clone.run_as.clone();
+        let server = Server {
+            programs: Programs::find(major_of(version.trim())?, wanted).await?,
+            data_dir: clone.data_dir.clone(),
+            user: run_blocking("user", move || User::by_name(&name)).await?,
+            socket_dir: clone.run_dir.clone(),
+            port: clone.port,
+            log_file: clone.run_dir.join(LOG_FILE),
+        };
+        // Nothing works in the directory, so whatever lock of its socket is left names a process of another boot. Its
+        // number may have been given to another process of the same user since, and then the server would not start.
+        let socket = server.endpoint("", "").socket_path();
+        for left in [socket.clone(), PathBuf::from(format!("{}.lock", socket.display()))] {
+            remove_if_there(&left)?;
+        }
+        let process = server.start(&[])?;
+        while !says_it_starts(&clone.data_dir) {
+            server.require_alive(process)?;
+            pause(&CancellationToken::new()).await?;
+        }
+        Ok(())
+    }
+
     async fn stop(&self, site: &CloneSite) -> Result<()> {
         stop_now(&site.data_dir).await
     }
 
     fn is_running(&self, data_dir: &Path) -> bool {
         running_postmaster(data_dir).is_some() || is_in_use(data_dir)
+    }
+}
+
+/// Whether the running server has taken its ports and sockets: then it writes a status into line 8 of `postmaster.pid`
+/// (`src/include/utils/pidfile.h`, LOCK_FILE_LINE_PM_STATUS).
+fn says_it_starts(data_dir: &Path) -> bool {
+    let text = std::fs::read_to_string(data_dir.join("postmaster.pid")).unwrap_or_default();
+    running_postmaster(data_dir).is_some() && text.lines().nth(7).is_some_and(|status| !status.trim().is_empty())
+}
+
+fn remove_if_there(path: &Path) -> Result<()> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(Error::io(format!("cannot remove '{}'", path.display()), error))
+        }
+        _ => Ok(()),
     }
 }
 
