@@ -9,11 +9,14 @@ use std::path::{Path, PathBuf};
 use crate::engine::BaseLane;
 use crate::engine::postgres::backup::facts::FactMap;
 use crate::engine::postgres::session::{Session, column};
-use crate::error::{Context, Kind, Result};
+use crate::error::{Context, Result};
 use crate::model::backup::{FileKind, FileMeta};
 
 /// The directory in the backup.
 pub const CONFIG_DIRECTORY: &str = "keiki_source_config";
+
+/// Rules could be included from other files, and name theirs, since PostgreSQL 16 (release notes of 16, E.*.3.1.8).
+const RULES_NAME_FILES_SINCE: u32 = 16;
 
 /// A file of settings or rules has never been longer; what is longer is something else.
 const FILE_BYTES_MAX: u64 = 16 << 20;
@@ -26,18 +29,20 @@ pub(super) async fn outside_files(session: &Session, data_dir: &Path) -> Result<
     for row in session.rows(sql, &[]).await.context(|| "cannot list the configuration files of the server")? {
         names.insert(column(&row, 0)?);
     }
-    // Files whose settings are all overridden elsewhere, and included rules (since 16): for those who may ask.
-    for view in ["SELECT DISTINCT sourcefile FROM pg_file_settings", "SELECT DISTINCT file_name FROM pg_hba_file_rules"]
-    {
-        match session.rows(view, &[]).await {
-            Ok(rows) => {
-                for row in rows {
-                    names.insert(column(&row, 0)?);
-                }
-            }
-            // No right to ask, or no such column before 16.
-            Err(error) if matches!(error.kind(), Kind::Forbidden | Kind::Server) => {}
-            Err(error) => return Err(error),
+    // Files whose settings are all overridden elsewhere, and included rules, for those who may ask. Nothing is tried
+    // that the server would refuse: an error in its log makes somebody look for what is wrong with it.
+    let mut views = vec![("pg_file_settings", "pg_show_all_file_settings()", "sourcefile")];
+    if session.major_number() >= RULES_NAME_FILES_SINCE {
+        views.push(("pg_hba_file_rules", "pg_hba_file_rules()", "file_name"));
+    }
+    for (view, function, file_column) in views {
+        let may_ask = "SELECT has_table_privilege($1, 'SELECT') AND has_function_privilege($2, 'EXECUTE')";
+        if !session.value::<bool>(may_ask, &[&view, &function]).await? {
+            continue;
+        }
+        let sql = format!("SELECT DISTINCT {file_column} FROM {view} WHERE {file_column} IS NOT NULL");
+        for row in session.rows(&sql, &[]).await? {
+            names.insert(column(&row, 0)?);
         }
     }
     let inside = std::fs::canonicalize(data_dir).context(|| format!("cannot find '{}'", data_dir.display()))?;
