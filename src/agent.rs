@@ -9,10 +9,10 @@ use tokio::task::JoinSet;
 
 use crate::base::clock::SystemClock;
 use crate::base::durable;
-use crate::error::{Context, Result};
+use crate::error::{Context, Error, Kind, Result};
 use crate::job::{JobRunner, RunnerOptions};
 use crate::peer::server::{self, LocalUsers, Server, ServerOptions};
-use crate::peer::tls::TlsIdentity;
+use crate::peer::tls::{Identity, TlsIdentity};
 
 pub mod config;
 mod doctor;
@@ -74,6 +74,9 @@ async fn serve(config: Config, config_path: &Path) -> Result<()> {
         error.hint("another agent is running with this state directory; 'systemctl status keiki' shows it")
     })?;
     let identity = config.tls.clone().map(TlsIdentity::load).transpose()?;
+    if let Some(identity) = &identity {
+        require_own_certificate(&config.host.name, &identity.facts().identity, config_path)?;
+    }
     let peers = Arc::new(Peers::new(&config, identity.as_ref(), clock.clone()));
     let host = Host::new(config, clock.clone(), peers)?;
     let workshop = AgentWorkshop::new(&host);
@@ -110,6 +113,17 @@ async fn serve(config: Config, config_path: &Path) -> Result<()> {
     // It ends by itself when the host stops; how does not matter any more.
     let _ = schedule.await;
     Ok(())
+}
+
+/// Another host's certificate would make every peer refuse this one, and every refusal look like a fault of theirs.
+fn require_own_certificate(host: &str, identity: &Identity, config_path: &Path) -> Result<()> {
+    if *identity == Identity::Host(host.to_string()) {
+        return Ok(());
+    }
+    let what = format!("cannot be host '{host}': the certificate in [tls] is for '{}'", identity.uri());
+    let hint =
+        format!("is 'name' in [host] of '{}' right? 'keiki ca issue --host {host}' makes one", config_path.display());
+    Err(Error::new(Kind::BadInput, what).hint(hint))
 }
 
 /// Waits for SIGTERM or SIGINT; SIGHUP reloads the certificates.

@@ -118,6 +118,8 @@ pub struct CloneConfig {
     pub data_root: PathBuf,
     pub bin_dir: Option<PathBuf>,
     pub ports: RangeInclusive<u16>,
+    /// What a clone leaves free on its disk, for whatever else lives there.
+    pub keep_free_bytes: u64,
     pub run_as: String,
     pub listen_addresses: String,
 }
@@ -140,7 +142,7 @@ impl Config {
     pub fn load(path: &Path) -> Result<Config> {
         let what = || format!("cannot read configuration '{}'", path.display());
         let length = std::fs::metadata(path).context(what).map_err(|error| match error.kind() {
-            Kind::NotFound => error.hint("write one, or name it with '--config FILE'; 'keiki discover' can print one"),
+            Kind::NotFound => error.hint("write one, or name it with '--config FILE'; packages put one with every key explained in '/etc/keiki/keiki.toml'"),
             _ => error,
         })?;
         if length.is_dir() || length.len() > CONFIG_BYTES_MAX {
@@ -162,7 +164,8 @@ impl Config {
         result.map_err(|error| {
             // A mistake in a configuration is bad input, whatever the part that found it calls it.
             let kind = if error.kind() == Kind::Unsupported { Kind::Unsupported } else { Kind::BadInput };
-            error.with_kind(kind).while_doing(format!("cannot read configuration '{}'", path.display()))
+            let error = error.with_kind(kind).while_doing(format!("cannot read configuration '{}'", path.display()));
+            error.hint("the sample 'config/keiki.toml', in packages '/etc/keiki/keiki.toml', explains every key")
         })
     }
 
@@ -389,6 +392,7 @@ impl Reader<'_> {
             data_root: self.path_or(&raw.data_root, "/var/lib/keiki/clones")?,
             bin_dir: raw.bin_dir.as_ref().map(|path| self.path(path)).transpose()?,
             ports: self.parse_or(&raw.ports, 5500..=5599, value::parse_ports)?,
+            keep_free_bytes: self.parse_or(&raw.keep_free, 0, value::parse_size)?,
             run_as: self.word_or(&raw.run_as, "postgres")?,
             listen_addresses: self.word_or(&raw.listen_addresses, "localhost")?,
         })

@@ -28,15 +28,26 @@ impl Service for AgentService {
         body: Option<ByteStream>,
     ) -> Result<(Response, Option<ByteStream>)> {
         access::decide(&caller, &request, &self.host.config.allow)
-            .inspect_err(|error| tracing::warn!("refused: {error}"))?;
+            .inspect_err(|error| tracing::warn!("refused: {error}"))
+            .map_err(|error| self.as_heard_by(&caller, error))?;
         if objects::is_about_objects(&request) {
             return objects::handle(&self.host, &caller, request, body).await;
         }
-        self.answer(&caller, request).await.map(|response| (response, None))
+        self.answer(&caller, request).await.map(|response| (response, None)).map_err(with_hint)
     }
 }
 
 impl AgentService {
+    /// A refusal speaks of "this host", which means another one to somebody who reads it elsewhere.
+    fn as_heard_by(&self, caller: &Caller, refusal: Error) -> Error {
+        match caller {
+            Caller::Local { .. } => refusal,
+            Caller::Host(_) | Caller::Operator(_) => {
+                refusal.while_doing(format!("host '{}' refuses", self.host.config.host.name))
+            }
+        }
+    }
+
     async fn answer(&self, caller: &Caller, request: Request) -> Result<Response> {
         let host = &self.host;
         match request {
@@ -95,6 +106,18 @@ impl AgentService {
                 .map(|peer| PeerFacts { name: peer.name.clone(), address: peer.address.clone() })
                 .collect(),
         }
+    }
+}
+
+/// The error with a hint if no part that knew more gave one.
+fn with_hint(error: Error) -> Error {
+    match error.kind() {
+        Kind::Damaged => error.hint(
+            "something in the repository is not what it should be: put it back from a copy of the repository, or take a \
+             new backup",
+        ),
+        Kind::Unreachable => error.hint("try again later; 'keiki status' and 'keiki doctor' show what does not answer"),
+        _ => error.hint("the log of the agent says more: 'journalctl -u keiki'"),
     }
 }
 

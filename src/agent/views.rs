@@ -37,7 +37,12 @@ pub async fn find_incarnation(host: &Host, name: &str) -> Result<Incarnation> {
 
 pub async fn backups(host: &Host, instance: &str) -> Result<Vec<Backup>> {
     let incarnation = find_incarnation(host, instance).await?;
-    Ok(Backups::new(host.repository.get().await?).list(incarnation.id).await?.backups)
+    let list = Backups::new(host.repository.get().await?).list(incarnation.id).await?;
+    match (list.backups.is_empty(), list.unreadable.into_iter().next()) {
+        // Nothing but damage is not the same as nothing.
+        (true, Some((_, error))) => Err(error),
+        _ => Ok(list.backups),
+    }
 }
 
 pub async fn window(host: &Host, instance: &str) -> Result<Response> {

@@ -44,6 +44,7 @@ impl AgentWorkshop {
             state_dir: host.config.host.state_dir.clone(),
             data_root: config.data_root.clone(),
             ports: config.ports.clone(),
+            keep_free_bytes: config.keep_free_bytes,
             run_as: config.run_as.clone(),
             listen_addresses: config.listen_addresses.clone(),
             bin_dir: config.bin_dir.clone(),

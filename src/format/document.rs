@@ -126,6 +126,7 @@ fn write(document: &impl Serialize) -> Result<Vec<u8>> {
 
 fn damaged(key: &str, why: impl std::fmt::Display) -> Error {
     Error::new(Kind::Damaged, format!("object '{key}': {why}"))
+        .hint("was it overwritten, or is the disk failing? Put it back from a copy of the repository")
 }
 
 /// Reads a document of this version. `key` is for the message.

@@ -68,6 +68,8 @@ pub struct CloneHost {
     pub state_dir: PathBuf,
     pub data_root: PathBuf,
     pub ports: RangeInclusive<u16>,
+    /// What a clone leaves free on its disk, beyond what it needs itself.
+    pub keep_free_bytes: u64,
     pub run_as: String,
     pub listen_addresses: String,
     pub bin_dir: Option<PathBuf>,
@@ -386,12 +388,27 @@ fn bare_site(host: &CloneHost, order: &CloneOrder, data_dir: &std::path::Path) -
     }
 }
 
-/// Every error of a clone begins with what could not be done.
+/// Every error of a clone begins with what could not be done, and ends with what can be.
 fn named(error: Error, order: &CloneOrder) -> Error {
-    if error.kind() == Kind::Cancelled || error.message().starts_with("cannot clone") {
+    if error.kind() == Kind::Cancelled {
         return error;
     }
-    error.while_doing(format!("cannot clone '{}'", order.source))
+    let error = match error.message().starts_with("cannot clone") {
+        true => error,
+        false => error.while_doing(format!("cannot clone '{}'", order.source)),
+    };
+    // An earlier hint is closer to the cause and stays.
+    match error.kind() {
+        Kind::Damaged | Kind::NotFound => error.hint(
+            "the repository is damaged or incomplete there: 'keiki backup list' and 'keiki window' show what else can \
+             be cloned",
+        ),
+        Kind::Unreachable => {
+            error.hint("it may answer later: 'keiki job list' shows the job, 'keiki job resume' goes on")
+        }
+        Kind::Full => error.hint("free some space, then 'keiki job resume'; or choose another directory with --dir"),
+        _ => error.hint("the log of the agent on the target host says more: 'journalctl -u keiki'"),
+    }
 }
 
 /// Deletes a clone that was accepted: takes it out of the registry, stops its server and removes its directories. Its

@@ -171,7 +171,7 @@ pub fn broken(error: &hyper::Error) -> Error {
     } else {
         format!("the connection broke: {}", reason.split(" (os error").next().unwrap_or(&reason).to_lowercase())
     };
-    Error::new(Kind::Unreachable, why)
+    Error::new(Kind::Unreachable, why).hint("did the other side stop or restart just now? its log says more")
 }
 
 #[cfg(test)]

@@ -195,7 +195,10 @@ impl Client {
             }
             match body.next().await {
                 Some(piece) => reader.feed(&piece.map_err(|error| error.while_doing(what()))?),
-                None => return Err(Error::new(Kind::Unreachable, format!("{}: it ends in the middle", what()))),
+                None => {
+                    let error = Error::new(Kind::Unreachable, format!("{}: it ends in the middle", what()));
+                    return Err(error.hint("did that agent stop or restart just now? its log says more"));
+                }
             }
         };
         let rest = with_start(reader.into_rest(), body);

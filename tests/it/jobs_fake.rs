@@ -110,6 +110,7 @@ impl World {
             host_name: "b".into(),
             state_dir: self.directory.path().join("b"),
             data_root: self.directory.path().join("clones"),
+            keep_free_bytes: 0,
             ports: 41_000..=41_999,
             run_as: current_user().unwrap().name,
             listen_addresses: "127.0.0.1".into(),

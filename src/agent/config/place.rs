@@ -87,7 +87,9 @@ fn not_toml(text: &str, error: &toml::de::Error) -> Error {
     if error.message().starts_with("duplicate") {
         return wrong.hint("a [section] can stand there once, a [[section]] as often as there are such things");
     }
-    wrong.hint("a line is 'key = value' with text in double quotes, or a [section]; see 'man 5 keiki.toml'")
+    wrong.hint(
+        "a line is 'key = value' with text in double quotes, or a [section]; the sample 'config/keiki.toml' shows all",
+    )
 }
 
 /// A key that is not known or missing, or a value of the wrong type.

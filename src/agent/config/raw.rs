@@ -101,6 +101,7 @@ pub struct RawClone {
     pub data_root: Option<Text>,
     pub bin_dir: Option<Text>,
     pub ports: Option<Text>,
+    pub keep_free: Option<Text>,
     pub run_as: Option<Text>,
     pub listen_addresses: Option<Text>,
 }

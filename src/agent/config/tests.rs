@@ -73,7 +73,10 @@ fn a_value_that_makes_no_sense_is_named_with_its_line_and_key() {
     );
     insta::assert_snapshot!(
         refusal(&format!("{SMALL}{INSTANCE}ship_every = \"1ms\"\n")),
-        @"line 9, key 'instance.ship_every': '1ms' is not from '100ms' to '1h'"
+        @r#"
+    line 9, key 'instance.ship_every': '1ms' is not from '100ms' to '1h'
+    hint: the sample 'config/keiki.toml', in packages '/etc/keiki/keiki.toml', explains every key
+    "#
     );
     insta::assert_snapshot!(
         refusal(&format!("{SMALL}{INSTANCE}ship = \"wal\"\n")),
@@ -84,7 +87,10 @@ fn a_value_that_makes_no_sense_is_named_with_its_line_and_key() {
     );
     insta::assert_snapshot!(
         refusal(&format!("{SMALL}{INSTANCE}port = 70000\n")),
-        @"line 9, key 'instance.port': '70000' is not from 1 to 65535"
+        @r#"
+    line 9, key 'instance.port': '70000' is not from 1 to 65535
+    hint: the sample 'config/keiki.toml', in packages '/etc/keiki/keiki.toml', explains every key
+    "#
     );
     insta::assert_snapshot!(
         refusal(&format!("{SMALL}{INSTANCE}slot_limit = \"16 gigs\"\n")),
@@ -95,7 +101,10 @@ fn a_value_that_makes_no_sense_is_named_with_its_line_and_key() {
     );
     insta::assert_snapshot!(
         refusal(&format!("{SMALL}{INSTANCE}run_as = \"\"\n")),
-        @"line 9, key 'instance.run_as': it must not be empty"
+        @r#"
+    line 9, key 'instance.run_as': it must not be empty
+    hint: the sample 'config/keiki.toml', in packages '/etc/keiki/keiki.toml', explains every key
+    "#
     );
     insta::assert_snapshot!(
         refusal(&format!("{SMALL}{INSTANCE}[instance.backup]\nschedule = \"nightly\"\n")),
@@ -106,7 +115,10 @@ fn a_value_that_makes_no_sense_is_named_with_its_line_and_key() {
     );
     insta::assert_snapshot!(
         refusal(&format!("{SMALL}{INSTANCE}[instance.backup]\nschedule = []\n")),
-        @"line 10, key 'instance.backup.schedule': it names no window"
+        @r#"
+    line 10, key 'instance.backup.schedule': it names no window
+    hint: the sample 'config/keiki.toml', in packages '/etc/keiki/keiki.toml', explains every key
+    "#
     );
     insta::assert_snapshot!(
         refusal(&format!("{SMALL}[clone]\nports = \"5599-5500\"\n")),
@@ -128,19 +140,31 @@ fn a_value_that_makes_no_sense_is_named_with_its_line_and_key() {
 fn a_value_of_the_wrong_type_is_named_with_its_line_and_key() {
     insta::assert_snapshot!(
         refusal(&format!("{SMALL}{INSTANCE}ship_every = 5\n")),
-        @"line 9, key 'instance.ship_every': this is an integer '5', expected text in double quotes"
+        @r#"
+    line 9, key 'instance.ship_every': this is an integer '5', expected text in double quotes
+    hint: the sample 'config/keiki.toml', in packages '/etc/keiki/keiki.toml', explains every key
+    "#
     );
     insta::assert_snapshot!(
         refusal(&format!("{SMALL}{INSTANCE}port = \"5432\"\n")),
-        @r#"line 9, key 'instance.port': this is a string "5432", expected a whole number"#
+        @r#"
+    line 9, key 'instance.port': this is a string "5432", expected a whole number
+    hint: the sample 'config/keiki.toml', in packages '/etc/keiki/keiki.toml', explains every key
+    "#
     );
     insta::assert_snapshot!(
         refusal(&format!("{SMALL}{INSTANCE}[instance.backup]\nschedule = 5\n")),
-        @"line 10, key 'instance.backup.schedule': expected a text or a list of texts"
+        @r#"
+    line 10, key 'instance.backup.schedule': expected a text or a list of texts
+    hint: the sample 'config/keiki.toml', in packages '/etc/keiki/keiki.toml', explains every key
+    "#
     );
     insta::assert_snapshot!(
         refusal(&format!("{SMALL}[[clone]]\nports = \"1-2\"\n")),
-        @"line 5, key 'clone': this is a map, expected text in double quotes"
+        @r#"
+    line 5, key 'clone': this is a map, expected text in double quotes
+    hint: the sample 'config/keiki.toml', in packages '/etc/keiki/keiki.toml', explains every key
+    "#
     );
 }
 
@@ -148,19 +172,31 @@ fn a_value_of_the_wrong_type_is_named_with_its_line_and_key() {
 fn a_missing_key_or_section_is_named() {
     insta::assert_snapshot!(
         refusal("[host]\nname = \"a\"\n"),
-        @"section 'repository' is missing"
+        @r#"
+    section 'repository' is missing
+    hint: the sample 'config/keiki.toml', in packages '/etc/keiki/keiki.toml', explains every key
+    "#
     );
     insta::assert_snapshot!(
         refusal(""),
-        @"section 'host' is missing"
+        @r#"
+    section 'host' is missing
+    hint: the sample 'config/keiki.toml', in packages '/etc/keiki/keiki.toml', explains every key
+    "#
     );
     insta::assert_snapshot!(
         refusal(&format!("{SMALL}[[instance]]\nname = \"orders\"\nengine = \"postgres\"\n")),
-        @"line 5, section 'instance': key 'data_dir' is missing"
+        @r#"
+    line 5, section 'instance': key 'data_dir' is missing
+    hint: the sample 'config/keiki.toml', in packages '/etc/keiki/keiki.toml', explains every key
+    "#
     );
     insta::assert_snapshot!(
         refusal(&format!("{SMALL}{INSTANCE}[instance.backup]\nkeep_for = \"7d\"\n")),
-        @"line 9, section 'instance.backup': key 'schedule' is missing"
+        @r#"
+    line 9, section 'instance.backup': key 'schedule' is missing
+    hint: the sample 'config/keiki.toml', in packages '/etc/keiki/keiki.toml', explains every key
+    "#
     );
 }
 
@@ -170,14 +206,14 @@ fn what_is_not_toml_is_named_with_its_line() {
         refusal("[host]\nname = db1\n"),
         @r#"
     line 2: string values must be quoted, expected literal string
-    hint: a line is 'key = value' with text in double quotes, or a [section]; see 'man 5 keiki.toml'
+    hint: a line is 'key = value' with text in double quotes, or a [section]; the sample 'config/keiki.toml' shows all
     "#
     );
     insta::assert_snapshot!(
         refusal("[host\nname = \"db1\"\n"),
         @r#"
     line 1: unclosed table, expected ']'
-    hint: a line is 'key = value' with text in double quotes, or a [section]; see 'man 5 keiki.toml'
+    hint: a line is 'key = value' with text in double quotes, or a [section]; the sample 'config/keiki.toml' shows all
     "#
     );
     insta::assert_snapshot!(
@@ -234,17 +270,26 @@ fn a_repository_that_cannot_be_used_is_refused() {
 fn names_that_appear_twice_are_refused_with_both_lines() {
     insta::assert_snapshot!(
         refusal(&format!("{SMALL}{INSTANCE}{INSTANCE}")),
-        @"line 10, key 'instance.name': 'orders' is there already, in line 6"
+        @r#"
+    line 10, key 'instance.name': 'orders' is there already, in line 6
+    hint: the sample 'config/keiki.toml', in packages '/etc/keiki/keiki.toml', explains every key
+    "#
     );
     let other_name = INSTANCE.replace("orders", "stock");
     insta::assert_snapshot!(
         refusal(&format!("{SMALL}{INSTANCE}{other_name}")),
-        @"line 12, key 'instance.data_dir': '/pg' is there already, in line 8"
+        @r#"
+    line 12, key 'instance.data_dir': '/pg' is there already, in line 8
+    hint: the sample 'config/keiki.toml', in packages '/etc/keiki/keiki.toml', explains every key
+    "#
     );
     let peer = "[[peer]]\nname = \"b\"\naddress = \"b:7420\"\n";
     insta::assert_snapshot!(
         refusal(&format!("{SMALL}{TLS}{peer}{peer}")),
-        @"line 13, key 'peer.name': 'b' is there already, in line 10"
+        @r#"
+    line 13, key 'peer.name': 'b' is there already, in line 10
+    hint: the sample 'config/keiki.toml', in packages '/etc/keiki/keiki.toml', explains every key
+    "#
     );
 }
 

@@ -134,17 +134,32 @@ async fn check_names(site: &CloneSite, programs: &Programs) -> Vec<CheckItem> {
         Some(lines) => lines.iter().filter_map(|line| line.split('\t').next()).map(str::to_ascii_lowercase).collect(),
         None => return Vec::new(),
     };
-    wanted
-        .into_iter()
-        .filter(|name| !known.contains(&name.to_ascii_lowercase()))
-        .map(|name| {
-            CheckItem::fail(
+    let mut items = Vec::new();
+    for name in wanted {
+        if !known.contains(&name.to_ascii_lowercase()) {
+            items.push(CheckItem::fail(
                 "settings of the order",
                 format!("PostgreSQL {} has no setting '{name}'", programs.version),
                 "is it misspelt? 'SELECT name FROM pg_settings' on the source lists them",
-            )
-        })
-        .collect()
+            ));
+        } else if let Some(refusal) = refused_value(programs, name, &site.settings[name]).await {
+            items.push(CheckItem::fail("settings of the order", refusal, "give another value with '--set'"));
+        }
+    }
+    items
+}
+
+/// What the server's own parser says against a value. It reads the values of its command line before it looks for its
+/// data directory (`src/backend/postmaster/postmaster.c`, PostmasterMain), and there is none here: nothing starts.
+async fn refused_value(programs: &Programs, name: &str, value: &str) -> Option<String> {
+    let finished = ChildCommand::new(programs.postgres())
+        .args(["-D", "/nonexistent", "-C", "port", "-c"])
+        .arg(format!("{name}={value}"))
+        .run(&CancellationToken::new())
+        .await
+        .ok()?;
+    let said = String::from_utf8_lossy(&finished.stderr).into_owned();
+    said.lines().find_map(|line| line.split_once("FATAL:")).map(|(_, refusal)| refusal.trim().replace('"', "'"))
 }
 
 fn check_version(site: &CloneSite, programs: &Programs) -> Vec<CheckItem> {

@@ -45,9 +45,9 @@ impl Checked {
                 Some(item) => (item.what.as_str(), item.found.as_str(), item.hint.clone().unwrap_or_default()),
                 None => ("check list", "failed", String::new()),
             };
-            return Err(
-                Error::new(Kind::BadInput, format!("cannot clone '{}': {what}: {found}", order.source)).hint(hint)
-            );
+            // What begins like this says itself what it is about.
+            let why = if found.starts_with("cannot ") { found.to_string() } else { format!("{what}: {found}") };
+            return Err(Error::new(Kind::BadInput, format!("cannot clone '{}': {why}", order.source)).hint(hint));
         }
         self.choice.ok_or_else(|| Error::new(Kind::Internal, "a check list passed without a choice of backup"))
     }
@@ -88,7 +88,7 @@ pub async fn check(
                     human_bytes(choice.backup.restored_bytes)
                 ),
             ));
-            items.push(space_item(&choice, &place.data_dir)?);
+            items.push(space_item(&choice, &place.data_dir, host.keep_free_bytes)?);
             let site = host.site(order, place, &choice.backup);
             items.extend(engine_items(host, &site).await);
             Ok(Checked { items, choice: Some(choice), refusal: None })
@@ -186,16 +186,24 @@ pub fn port_is_free(port: u16) -> bool {
     TcpListener::bind(("0.0.0.0", port)).is_ok()
 }
 
-fn space_item(choice: &Choice, data_dir: &Path) -> Result<CheckItem> {
+fn space_item(choice: &Choice, data_dir: &Path, keep_free_bytes: u64) -> Result<CheckItem> {
+    let what = "free disk space";
     let log = log_bytes(choice).min(LOG_BYTES_AT_ONCE_MAX);
     let data = choice.backup.restored_bytes;
-    let wanted = data + log + (data / MARGIN_PARTS).max(MARGIN_BYTES_MIN);
+    let needed = data.saturating_add(log).saturating_add((data / MARGIN_PARTS).max(MARGIN_BYTES_MIN));
     let existing = data_dir.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
     let free = durable::free_bytes(existing)?;
-    let found = format!("{} free, {} wanted", human_bytes(free), human_bytes(wanted));
-    Ok(match free >= wanted {
-        true => CheckItem::pass("free disk space", found),
-        false => CheckItem::fail("free disk space", found, "choose a directory on a larger disk with --dir"),
+    let mut found = format!("{} free for '{}', {} needed", human_bytes(free), data_dir.display(), human_bytes(needed));
+    if keep_free_bytes > 0 {
+        found.push_str(&format!(", {} to be kept free", human_bytes(keep_free_bytes)));
+    }
+    Ok(if free >= needed.saturating_add(keep_free_bytes) {
+        CheckItem::pass(what, found)
+    } else if free >= needed {
+        let hint = "choose a directory on a larger disk with --dir, or lower '[clone] keep_free' on that host";
+        CheckItem::fail(what, found, hint)
+    } else {
+        CheckItem::fail(what, found, "free some space there, or choose a directory on a larger disk with --dir")
     })
 }
 

@@ -44,8 +44,7 @@ pub fn choose(
         Target::Latest => ask.at_the_end(newest),
         Target::Backup(id) => {
             let backup = backups.iter().find(|backup| backup.id == *id).ok_or_else(|| {
-                ask.refuse(format!("it has no backup '{id}'"))
-                    .hint(format!("'keiki backup list {source}' shows what there is"))
+                ask.refuse("it has no such backup").hint(format!("'keiki backup list {source}' shows what there is"))
             })?;
             let reach = window.reaches.iter().find(|reach| contains(reach, backup.stop));
             let reach = reach.ok_or_else(|| {
@@ -77,7 +76,13 @@ struct Question<'a> {
 
 impl Question<'_> {
     fn refuse(&self, why: impl std::fmt::Display) -> Error {
-        Error::new(Kind::BadInput, format!("cannot clone '{}' to {}: {why}", self.source, self.target))
+        let target = match self.target {
+            Target::Latest => String::from("its latest state"),
+            Target::Name(name) => format!("restore point '{name}'"),
+            Target::Backup(id) => format!("backup '{id}'"),
+            Target::Time(_) | Target::Lsn(_) | Target::Position(_) => self.target.to_string(),
+        };
+        Error::new(Kind::BadInput, format!("cannot clone '{}' to {target}: {why}", self.source))
     }
 
     /// The newest backup of a stretch that satisfies a condition.
@@ -300,7 +305,7 @@ mod tests {
             ),
             (
                 Target::Name("x".into()),
-                "cannot clone 'orders' to x: no restore point of that name is in its log",
+                "cannot clone 'orders' to restore point 'x': no restore point of that name is in its log",
                 "case sensitive",
             ),
         ];
