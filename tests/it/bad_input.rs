@@ -1,192 +1,163 @@
-//! What is typed wrong or lies damaged in the repository: each gives an error with a hint, an exit code that is not 0,
-//! and changes nothing.
+//! What is typed wrong, lies damaged, comes from strangers or stands in the way: each gives an error with a hint and an
+//! exit code that is not 0, and changes nothing.
+//!
+//! Everything goes through the real program. What it says is kept in `bad_input/snapshots` as a person reads it, with
+//! numbers, times and places masked.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
-use std::time::Duration;
+use std::process::Output;
 
-use super::support::hosts::{Host, HostOptions, KEIKI, Lab, fingerprint, free_port, instance_section, wait_for};
-use super::support::postgres::{TestServer, Version};
+use super::support::hosts::{Host, Lab, fingerprint, tail};
+use super::support::two_hosts::processes_in;
 
-/// A source with an archive, a backup and some log, and a second host that clones can grow on.
-struct Scene {
-    a: Host,
-    b: Host,
-    source: TestServer,
-    repository: PathBuf,
-    // Dropped last: everything lies in it.
-    lab: Lab,
+mod configuration;
+mod damage;
+mod mask;
+mod messages;
+mod place;
+mod strangers;
+mod typed;
+
+use mask::Mask;
+
+/// Collects what was said, for one snapshot of a whole group.
+struct Said {
+    mask: Mask,
+    text: String,
+    /// What was not refused as it ought to be: all of it is told at the end.
+    complaints: Vec<String>,
 }
 
-fn scene() -> Scene {
-    let lab = Lab::new();
-    let repository = lab.path("repository");
-    fs::create_dir(&repository).unwrap();
-    let archive_command = format!("'{KEIKI}' --socket '{}' wal-push %p", lab.path("host-a/keiki.sock").display());
-    let source = TestServer::start(Version::V15, &[("archive_mode", "on"), ("archive_command", &archive_command)]);
-    let (port_a, port_b) = (free_port(), free_port());
-    let url = format!("file://{}", repository.display());
-    let a = Host::start(
-        &lab,
-        &HostOptions {
-            name: "a",
-            repository: url.clone(),
-            peers: vec![("b", port_b)],
-            sections: instance_section("orders", &source, "ship = \"archive_command\"\nship_every = \"1s\""),
-            listen_port: port_a,
-            clone_bin_dir: &source.bin_dir,
-        },
-    );
-    a.keiki_ok(&["repository", "init"]);
-    let b = start_b(&lab, &source, "b", &url, port_a, port_b);
-    wait_for("archiving to begin", Duration::from_secs(30), || a.instance("orders")["state"] == "archiving");
-    source.sql("CREATE TABLE t AS SELECT generate_series(1, 1000) AS i");
-    a.keiki_ok(&["backup", "create", "orders"]);
-    source.sql("INSERT INTO t VALUES (0)");
-    Scene { a, b, source, repository, lab }
-}
-
-fn start_b(lab: &Lab, source: &TestServer, name: &str, url: &str, port_a: u16, port_b: u16) -> Host {
-    let options = HostOptions {
-        name,
-        repository: url.to_string(),
-        peers: vec![("a", port_a)],
-        sections: String::new(),
-        listen_port: port_b,
-        clone_bin_dir: &source.bin_dir,
-    };
-    Host::start(lab, &options)
-}
-
-/// What is done to a copy of the repository, and what must be said of it.
-type Damage = (&'static str, fn(&Path), &'static str);
-
-/// Runs `keiki` on a host and expects it to fail with a text and a hint.
-fn assert_refused(host: &Host, arguments: &[&str], expected: &str) {
-    let output = host.keiki(arguments);
-    let said = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-    assert_ne!(output.status.code(), Some(0), "{arguments:?} succeeded: {said}");
-    assert!(said.contains(expected), "{arguments:?} does not say '{expected}' but:\n{said}\n--- agent\n{}", host.log());
-    assert!(said.contains("hint:"), "{arguments:?} gives no hint:\n{said}");
-}
-
-#[test]
-fn what_is_typed_wrong_is_refused_with_a_hint_and_changes_nothing() {
-    let scene = scene();
-    let clone = |more: &[&str]| -> Vec<String> {
-        let mut all = vec!["clone", "orders", "--to", "b", "--as", "copy"];
-        all.extend(more);
-        all.into_iter().map(String::from).collect()
-    };
-    let occupied = scene.lab.directory_of_server_user("occupied");
-    fs::write(occupied.join("letter.txt"), "mine").unwrap();
-    let occupied_text = occupied.to_str().unwrap().to_string();
-    let source_dir = scene.source.data_dir.to_str().unwrap().to_string();
-    let source_port = scene.source.port.to_string();
-    let cases: Vec<(Vec<String>, &str)> = vec![
-        (clone(&["--at", "2026-11-21 09:59:00"]), "has no offset"),
-        (clone(&["--at", "2001-01-01 00:00:00Z"]), "cannot clone 'orders'"),
-        (clone(&["--at", "2999-01-01 00:00:00Z"]), "cannot clone 'orders'"),
-        (clone(&["--position", "0/100"]), "cannot clone 'orders'"),
-        (clone(&["--position", "FF/0"]), "cannot clone 'orders'"),
-        (clone(&["--position", "nonsense"]), "is not a log position"),
-        (clone(&["--name", "never named"]), "never named"),
-        (clone(&["--backup", "20010101T000000Z-aaaa"]), "20010101T000000Z-aaaa"),
-        (clone(&["--dir", &occupied_text]), "not empty"),
-        (clone(&["--dir", &source_dir]), &source_dir),
-        (clone(&["--port", &source_port]), &source_port),
-        (clone(&["--set", "no_such_parameter=1"]), "no_such_parameter"),
-        (vec!["clone".into(), "ordres".into(), "--as".into(), "copy".into()], "ordres"),
-        (vec!["clone".into(), "orders".into(), "--to".into(), "c".into(), "--as".into(), "copy".into()], "'c'"),
-        (vec!["backup".into(), "create".into(), "ordres".into()], "ordres"),
-        (vec!["backup".into(), "list".into(), "ordres".into()], "ordres"),
-        (vec!["window".into(), "ordres".into()], "ordres"),
-        (vec!["accept".into(), "copy".into()], "copy"),
-        (vec!["discard".into(), "copy".into(), "--yes".into()], "copy"),
-        (vec!["job".into(), "show".into(), "nonsense".into()], "nonsense"),
-    ];
-    for (arguments, expected) in &cases {
-        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
-        assert_refused(&scene.a, &arguments, expected);
+impl Said {
+    fn new(mask: Mask) -> Said {
+        Said { mask, text: String::new(), complaints: Vec::new() }
     }
-    assert_eq!(fs::read_to_string(occupied.join("letter.txt")).unwrap(), "mine");
-    assert_eq!(fs::read_dir(scene.lab.path("clones-b")).unwrap().count(), 0, "a refused clone left something behind");
-    assert_eq!(scene.source.sql("SELECT count(*) FROM t"), "1001");
-    assert!(scene.b.instance("copy").is_null());
-}
 
-#[test]
-fn damage_in_the_repository_is_found_before_a_clone_is_handed_over() {
-    let scene = scene();
-    // A second backup's worth of log, sealed, so that a segment can go missing.
-    scene.source.sql("SELECT pg_switch_wal()");
-    scene.source.sql("INSERT INTO t VALUES (-1)");
-    scene.source.sql("SELECT pg_switch_wal()");
-    wait_for("the log to be sealed", Duration::from_secs(30), || sealed_segments(&scene.repository).len() >= 3);
-    wait_for("the backlog to be shipped", Duration::from_secs(30), || scene.a.instance("orders")["backlog_bytes"] == 0);
+    /// Runs `keiki` against the agent of a host, expects a refusal that holds `expected` and a hint, and writes it down.
+    fn refuses(&mut self, host: &Host, arguments: &[&str], expected: &str) {
+        match refusal(&host.keiki(arguments), expected) {
+            Ok(said) => self.note(&format!("keiki {}", shell(arguments)), &said),
+            Err(complaint) => self.complain(arguments, &complaint, &host.log()),
+        }
+    }
 
-    let damages: [Damage; 6] = [
-        ("no repository", |repository| fs::remove_file(repository.join("keiki.json")).unwrap(), "there is none"),
-        ("an unknown format", set_unknown_format_version, "format version"),
-        ("a damaged manifest", |repository| flip(&find(repository, |key| key.ends_with("/manifest"))), "manifest"),
-        ("a flipped bit in a pack", |repository| flip(&find(repository, |key| key.contains("/packs/"))), "pack"),
-        (
-            "a missing pack",
-            |repository| fs::remove_file(find(repository, |key| key.contains("/packs/"))).unwrap(),
-            "pack",
-        ),
-        ("a missing segment", remove_second_sealed_segment, "cannot clone 'orders'"),
-    ];
-    let url = format!("file://{}", scene.repository.display());
-    assert!(url.ends_with("repository"));
-    for (number, (title, damage, expected)) in damages.iter().enumerate() {
-        let copy = scene.lab.path(&format!("damaged-{number}"));
-        let copied = Command::new("cp").arg("-a").arg(&scene.repository).arg(&copy).status().unwrap();
-        assert!(copied.success());
-        damage(&copy);
-        let before = fingerprint(&copy);
-        let name = format!("d{number}");
-        let host =
-            start_b(&scene.lab, &scene.source, &name, &format!("file://{}", copy.display()), free_port(), free_port());
-        println!("with {title}");
-        assert_refused(&host, &["clone", "orders", "--as", "copy", "--latest"], expected);
-        assert_eq!(fingerprint(&copy), before, "{title}: the repository changed");
-        let left: Vec<_> = fs::read_dir(scene.lab.path(&format!("clones-{name}"))).unwrap().collect();
-        assert!(left.is_empty(), "{title}: left behind {left:?}");
+    fn complain(&mut self, arguments: &[&str], complaint: &str, agent_log: &str) {
+        let log = tail(agent_log, 5);
+        self.complaints.push(format!("keiki {}\n{complaint}\n--- agent\n{log}\n", shell(arguments)));
+    }
+
+    /// All that was said, if everything was refused as it ought to be.
+    fn finish(self) -> String {
+        assert!(self.complaints.is_empty(), "{}", self.complaints.join("\n"));
+        self.text
+    }
+
+    /// Writes down a refusal under a title.
+    fn note(&mut self, title: &str, said: &str) {
+        let title = self.mask.hide(title);
+        let said = self.mask.hide(said);
+        self.text.push_str(&format!("$ {title}\n{said}\n\n"));
     }
 }
 
-fn sealed_segments(repository: &Path) -> Vec<PathBuf> {
-    let mut all: Vec<PathBuf> =
-        fingerprint(repository).into_iter().map(|(path, _)| path).filter(|path| path.ends_with("sealed")).collect();
-    all.retain(|path| !path.to_str().unwrap().contains(".history"));
-    all
+/// What the program said when it refused: from `error:` to the end. The error is what is wrong with the refusal.
+fn refusal(output: &Output, expected: &str) -> Result<String, String> {
+    let whole = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+    let code = output.status.code();
+    if code.is_none_or(|code| code == 0 || code == 70) {
+        return Err(format!("it ended with {}:\n{whole}", output.status));
+    }
+    let Some(error) = whole.rfind("error: ").map(|at| whole[at..].trim_end().to_string()) else {
+        return Err(format!("it says no 'error:':\n{whole}"));
+    };
+    if !whole.contains(expected) {
+        return Err(format!("it does not say '{expected}':\n{whole}"));
+    }
+    if !error.contains("\nhint: ") {
+        return Err(format!("it gives no hint:\n{error}"));
+    }
+    Ok(error)
 }
 
-fn find(repository: &Path, wanted: impl Fn(&str) -> bool) -> PathBuf {
-    let all = fingerprint(repository);
-    let found = all.into_iter().map(|(path, _)| path).find(|path| wanted(path.to_str().unwrap()));
-    found.expect("the repository has such an object")
+/// Arguments as somebody would type them.
+fn shell(arguments: &[&str]) -> String {
+    let quote = |argument: &&str| match argument.is_empty() || argument.contains(' ') {
+        true => format!("'{argument}'"),
+        false => argument.to_string(),
+    };
+    arguments.iter().map(quote).collect::<Vec<_>>().join(" ")
 }
 
-/// Flips one bit in the middle of a file.
-fn flip(path: &Path) {
-    let mut bytes = fs::read(path).unwrap();
-    let middle = bytes.len() / 2;
-    bytes[middle] ^= 0x10;
-    fs::write(path, bytes).unwrap();
+/// What must be as it was after a refusal.
+#[derive(Debug, PartialEq, Eq)]
+struct Standing {
+    /// What lies where clones grow, by path.
+    clones: Vec<PathBuf>,
+    /// What the agents remember beside their jobs: instances and their bindings, spools.
+    state: Vec<PathBuf>,
+    /// Objects that do not come and go with the shipping of a living source.
+    objects: BTreeMap<PathBuf, blake3::Hash>,
+    /// Servers that run where clones grow.
+    servers: Vec<u32>,
 }
 
-fn set_unknown_format_version(repository: &Path) {
-    let path = repository.join("keiki.json");
-    let mut header: serde_json::Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
-    header["format_version"] = serde_json::json!(99);
-    fs::write(path, header.to_string()).unwrap();
+/// Looks at hosts and a repository.
+fn standing(lab: &Lab, hosts: &[&Host], repository: &Path) -> Standing {
+    let mut standing = Standing { clones: vec![], state: vec![], objects: BTreeMap::new(), servers: vec![] };
+    for host in hosts {
+        let clones = lab.path(&format!("clones-{}", host.name));
+        standing.clones.extend(paths_below(&clones));
+        standing.servers.extend(processes_in(&clones));
+        let state = paths_below(&host.dir.join("state"));
+        let is_journal = |path: &PathBuf| path.components().any(|part| part.as_os_str() == "jobs");
+        standing.state.extend(state.into_iter().filter(|path| !is_journal(path)));
+    }
+    standing.objects = fingerprint(repository).into_iter().filter(|(path, _)| is_lasting(path)).collect();
+    standing
 }
 
-/// Removes a segment in the middle of the log after the backup, so that there is a hole.
-fn remove_second_sealed_segment(repository: &Path) {
-    let segments = sealed_segments(repository);
-    fs::remove_file(&segments[segments.len() - 2]).unwrap();
+/// Chunks of the open log file and the lease are rewritten all the time.
+fn is_lasting(path: &Path) -> bool {
+    let is_log = path.components().any(|part| part.as_os_str() == "log");
+    let is_work = path.components().any(|part| part.as_os_str() == ".tmp");
+    !path.ends_with("lease.json") && !is_work && (!is_log || path.ends_with("sealed"))
+}
+
+fn paths_below(dir: &Path) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    let mut open = vec![dir.to_path_buf()];
+    while let Some(next) = open.pop() {
+        let Ok(entries) = fs::read_dir(&next) else { continue };
+        for entry in entries.map(|entry| entry.unwrap().path()) {
+            if entry.is_dir() && !entry.is_symlink() {
+                open.push(entry.clone());
+            }
+            found.push(entry);
+        }
+    }
+    found.sort();
+    found
+}
+
+/// Fails if something is there that was not, or is not that was, or if a job of a host is neither over nor failed.
+fn assert_unchanged(before: &Standing, lab: &Lab, hosts: &[&Host], repository: &Path, after_what: &str) {
+    let after = standing(lab, hosts, repository);
+    assert_eq!(after.clones, before.clones, "{after_what}: something was left where clones grow");
+    assert_eq!(after.servers, before.servers, "{after_what}: a server was left");
+    assert_eq!(after.state, before.state, "{after_what}: an agent remembers something");
+    for (path, hash) in &before.objects {
+        assert_eq!(after.objects.get(path), Some(hash), "{after_what}: '{}' changed", path.display());
+    }
+    // A living source seals log of its own; nothing else may come.
+    let new: BTreeSet<&PathBuf> = after.objects.keys().filter(|path| !before.objects.contains_key(*path)).collect();
+    let foreign: Vec<_> = new.into_iter().filter(|path| !path.ends_with("sealed")).collect();
+    assert!(foreign.is_empty(), "{after_what}: new objects {foreign:?}");
+    for host in hosts {
+        for job in host.json(&["job", "list"]).as_array().unwrap() {
+            let state = job["state"].as_str().unwrap();
+            assert!(matches!(state, "failed" | "done" | "cancelled"), "{after_what}: a job is left {state}: {job:#}");
+        }
+    }
 }

@@ -187,7 +187,7 @@ async fn what_cannot_be_cloned_is_refused_with_a_hint_and_leaves_no_trace() {
         (clone_order("check", Target::Time(early)), "before the end of the first backup"),
         (clone_order("check", Target::Time(future)), "archive ends at"),
         (clone_order("check", Target::Name("no such".into())), "no restore point of that name"),
-        (clone_order("check", Target::Backup(BackupId::new(future, 1))), "has no backup"),
+        (clone_order("check", Target::Backup(BackupId::new(future, 1))), "no such backup"),
         (changed(latest(), |order| order.source = "unknown".into()), "unknown"),
         (changed(latest(), |order| order.data_dir = Some(full)), "is not empty"),
         (changed(latest(), |order| order.data_dir = Some(own)), "a server is running"),
