@@ -11,7 +11,7 @@ use crate::cli::output::{checks, error, json};
 use crate::error::Result;
 use crate::model::bytes_text::human_bytes;
 use crate::model::id::JobId;
-use crate::model::job::{JobReport, JobState, ProgressUnit, StepReport, StepState};
+use crate::model::job::{JobReport, JobState, ProgressUnit, StepReport, StepState, Task};
 use crate::peer::api::{Request, Response};
 
 /// How often the agent is asked. Cheap: it answers from memory.
@@ -38,10 +38,20 @@ pub async fn follow(agent: &Connection, host: Option<&str>, id: JobId, as_json: 
         }
         if report.state != JobState::Running {
             view.end();
-            return Ok(print_end(&report, as_json));
+            let outcome = print_end(&report, as_json);
+            if let (JobState::Held, Task::Clone(order), false) = (report.state, &report.order.task, as_json) {
+                println!("{}", held_text(&order.clone_name, host));
+            }
+            return Ok(outcome);
         }
         tokio::time::sleep(POLL).await;
     }
+}
+
+/// What can be done with a clone that waits in quarantine.
+fn held_text(clone: &str, host: Option<&str>) -> String {
+    let on = host.map(|host| format!(" --on {host}")).unwrap_or_default();
+    format!("next: 'keiki accept {clone}{on}' opens it, 'keiki discard {clone}{on}' deletes it")
 }
 
 /// Prints the results of a job that has ended; bad unless it is done or held.
@@ -191,5 +201,19 @@ fn plain_line(step: &StepReport) -> String {
     match step.note.as_str() {
         "" => format!("{}: {state}", step.name),
         note => format!("{}: {state}, {note}", step.name),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_held_clone_says_how_to_decide_about_it() {
+        insta::assert_snapshot!(held_text("copy", None), @"next: 'keiki accept copy' opens it, 'keiki discard copy' deletes it");
+        insta::assert_snapshot!(
+            held_text("copy", Some("db7")),
+            @"next: 'keiki accept copy --on db7' opens it, 'keiki discard copy --on db7' deletes it"
+        );
     }
 }
