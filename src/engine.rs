@@ -22,6 +22,7 @@ use crate::model::target::Target;
 
 pub mod fake;
 pub mod geometry;
+pub mod mysql;
 pub mod postgres;
 
 pub use geometry::{LogGeometry, log_geometry};

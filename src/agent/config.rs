@@ -348,7 +348,11 @@ impl Reader<'_> {
         let run_as = self.word_or(&raw.run_as, "postgres")?;
         Ok(InstanceConfig {
             name: self.name("an instance", &raw.name)?,
-            engine: self.parse(&raw.engine, EngineKind::parse)?,
+            engine: self.parse(&raw.engine, |name| match EngineKind::parse(name)? {
+                EngineKind::MariaDb => Err(Error::new(Kind::Unsupported, "engine 'mariadb' is not complete yet")
+                    .hint("this version of keiki knows 'postgres'")),
+                known => Ok(known),
+            })?,
             data_dir: self.path(&raw.data_dir)?,
             bin_dir: raw.bin_dir.as_ref().map(|path| self.path(path)).transpose()?,
             socket_dir: self.path_or(&raw.socket_dir, "/var/run/postgresql")?,

@@ -5,6 +5,7 @@ use std::sync::{Arc, Weak};
 use crate::agent::host::Host;
 use crate::agent::sources::Sources;
 use crate::engine::CloneEngine;
+use crate::engine::mysql::MariaDbCloner;
 use crate::engine::postgres::clone::PostgresCloner;
 use crate::error::{Error, Kind, Result};
 use crate::job::backup::BackupWork;
@@ -18,6 +19,7 @@ use crate::model::job::{JobReport, JobState, Order, Task};
 pub fn clone_engine(kind: EngineKind) -> Option<Arc<dyn CloneEngine>> {
     match kind {
         EngineKind::Postgres => Some(Arc::new(PostgresCloner::default())),
+        EngineKind::MariaDb => Some(Arc::new(MariaDbCloner::default())),
         EngineKind::Fake => None,
     }
 }

@@ -44,6 +44,7 @@ pub struct ChildCommand {
     directory: PathBuf,
     user: Option<User>,
     output_file: Option<PathBuf>,
+    output_pipe: Option<std::sync::Arc<std::io::PipeWriter>>,
 }
 
 /// How a child ended.
@@ -88,6 +89,7 @@ impl ChildCommand {
             directory: PathBuf::from("/"),
             user: None,
             output_file: None,
+            output_pipe: None,
         }
     }
 
@@ -125,6 +127,13 @@ impl ChildCommand {
         self
     }
 
+    /// Sends standard output into this pipe instead of capturing it, for output that is long; whoever holds the other
+    /// end sees it end with the child. Standard error is still captured.
+    pub fn output_to_pipe(mut self, pipe: std::io::PipeWriter) -> ChildCommand {
+        self.output_pipe = Some(std::sync::Arc::new(pipe));
+        self
+    }
+
     fn what(&self) -> String {
         format!("cannot run '{}'", self.program.display())
     }
@@ -151,6 +160,11 @@ impl ChildCommand {
                 })?;
                 command.stdout(stdout).stderr(stderr);
             }
+        }
+        if let Some(pipe) = &self.output_pipe {
+            let pipe =
+                std::io::Result::context(pipe.try_clone(), || format!("{}: no pipe for its output", self.what()))?;
+            command.stdout(pipe);
         }
         let other_user = self.user.as_ref().filter(|user| !user.is_current());
         if let Some(user) = other_user

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use crate::engine::fake::geometry::FakeGeometry;
+use crate::engine::mysql::geometry::BinlogGeometry;
 use crate::engine::postgres::geometry::WalGeometry;
 use crate::error::Result;
 use crate::model::engine_kind::EngineKind;
@@ -31,5 +32,6 @@ pub fn log_geometry(kind: EngineKind, facts: &BTreeMap<String, String>) -> Resul
     match kind {
         EngineKind::Postgres => Ok(Arc::new(WalGeometry::from_facts(facts)?)),
         EngineKind::Fake => Ok(Arc::new(FakeGeometry)),
+        EngineKind::MariaDb => Ok(Arc::new(BinlogGeometry)),
     }
 }

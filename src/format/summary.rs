@@ -47,6 +47,8 @@ struct LogDocument {
     last_commit: Option<String>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     named_points: Vec<(String, String)>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    transactions: Vec<String>,
 }
 
 impl LogObject {
@@ -62,6 +64,7 @@ impl LogObject {
             last_commit_at: self.summary.last_commit_at,
             last_commit: self.summary.last_commit.map(|position| position.to_string()),
             named_points: self.summary.named_points.iter().map(|(name, at)| (name.clone(), at.to_string())).collect(),
+            transactions: self.summary.transactions.clone(),
         }
     }
 
@@ -78,6 +81,7 @@ impl LogObject {
                 last_commit_at: document.last_commit_at,
                 last_commit: document.last_commit.as_ref().map(position).transpose()?,
                 named_points: named_points.collect::<Result<_>>()?,
+                transactions: document.transactions,
             },
             chunk: LogChunk {
                 file: document.file,
@@ -202,6 +206,7 @@ mod tests {
             last_commit_at: Some("2026-11-21T09:59:00.000001Z".parse().unwrap()),
             last_commit: Some(point),
             named_points: vec![(String::from("before \"it\""), point)],
+            transactions: vec![String::from("0-5-1..9")],
         };
         for summary in [LogSummary::default(), full] {
             let object = LogObject { chunk: chunk.clone(), content_hash: String::from("aa"), summary };

@@ -6,13 +6,14 @@ use crate::error::{Error, Kind, Result};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum EngineKind {
     Postgres,
+    MariaDb,
     /// The counting pretence of a database that keeps the `Engine` trait honest in tests.
     Fake,
 }
 
 impl EngineKind {
     const NAMES: &'static [(EngineKind, &'static str)] =
-        &[(EngineKind::Postgres, "postgres"), (EngineKind::Fake, "fake")];
+        &[(EngineKind::Postgres, "postgres"), (EngineKind::MariaDb, "mariadb"), (EngineKind::Fake, "fake")];
 
     pub fn name(self) -> &'static str {
         Self::NAMES.iter().find(|row| row.0 == self).map_or("unknown", |row| row.1)

@@ -26,6 +26,9 @@ pub struct LogSummary {
     pub last_commit: Option<Position>,
     /// Restore points that users named, with their positions.
     pub named_points: Vec<(String, Position)>,
+    /// Which transactions the range has, where the engine gives them ids: ranges in the engine's own words. Empty says
+    /// nothing.
+    pub transactions: Vec<String>,
 }
 
 /// A contiguous byte range of a log file in the repository.

@@ -194,6 +194,7 @@ impl LogCatalogue {
             all.first_commit_at = earlier;
             all.last_commit_at = later;
             all.last_commit = all.last_commit.into_iter().chain(one.last_commit).max();
+            all.transactions.extend(one.transactions.iter().cloned());
             for point in &one.named_points {
                 if !all.named_points.contains(point) {
                     all.named_points.push(point.clone());

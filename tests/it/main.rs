@@ -7,6 +7,7 @@ mod story_cost;
 mod engine_contract;
 mod story_fencing;
 mod jobs_fake;
+mod mysql_clone;
 mod story_killing;
 mod peers;
 mod postgres_backup;

@@ -2,5 +2,6 @@
 
 pub mod hosts;
 pub mod ledger;
+pub mod mariadb;
 pub mod postgres;
 pub mod two_hosts;

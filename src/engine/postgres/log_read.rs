@@ -225,6 +225,7 @@ impl LogRead for SegmentRead {
                 .iter()
                 .map(|point| (point.name.clone(), position(point.end)))
                 .collect(),
+            transactions: Vec::new(),
         }
     }
 }

@@ -86,6 +86,7 @@ async fn the_summary_of_an_open_file_is_that_of_its_chunks_together() {
         last_commit_at: Some(at(last)),
         last_commit: Some(Position::Count(last as u64)),
         named_points: vec![(name.to_string(), Position::Count(first as u64))],
+        transactions: vec![format!("{first}..{last}")],
     };
     ship_with(&writer, "f1", 0, b"ab", false, summary(5, 9, "x")).await.unwrap();
     ship_with(&writer, "f1", 2, b"c", false, LogSummary::default()).await.unwrap();

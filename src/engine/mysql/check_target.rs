@@ -1,0 +1,70 @@
+//! What a host lacks to run a clone.
+
+use std::path::Path;
+
+use crate::base::bulk::run_blocking;
+use crate::base::users::User;
+use crate::engine::CloneSite;
+use crate::engine::mysql::backup::fact;
+use crate::engine::mysql::clone::version_of;
+use crate::engine::mysql::programs::{self, BACKUP, SERVER};
+use crate::error::Result;
+use crate::model::check::CheckItem;
+
+/// Where distributions put a server's plugins, from the directory of its program.
+const PLUGIN_DIRS: [&str; 5] = [
+    "../lib/mysql/plugin",
+    "../lib64/mysql/plugin",
+    "../lib/plugin",
+    "../lib/x86_64-linux-gnu/mariadb19/plugin",
+    "../lib64/mariadb/plugin",
+];
+
+/// See [`crate::engine::CloneEngine::check_target`].
+pub async fn check_target(site: &CloneSite, default_bin_dir: Option<&Path>) -> Result<Vec<CheckItem>> {
+    let mut items = Vec::new();
+    let version = version_of(site)?;
+    let bin_dir = site.bin_dir.as_deref().or(default_bin_dir);
+    for (what, names) in [("server program", SERVER), ("backup program", BACKUP)] {
+        let found = programs::find(&names, bin_dir, version).await;
+        items.push(match &found {
+            Ok(program) if program.version >= version => {
+                CheckItem::pass(what, format!("{} at '{}'", program.version, program.path.display()))
+            }
+            Ok(program) => CheckItem::warn(
+                what,
+                format!("{} at '{}', and the source has {version}", program.version, program.path.display()),
+                "an older version of the same series usually works; install the source's to be sure",
+            ),
+            Err(error) => CheckItem::fail(what, error.message(), error.hint_text().unwrap_or("install MariaDB")),
+        });
+        if let (Ok(program), "server program") = (&found, what) {
+            items.extend(plugins_item(site, program.path.parent().unwrap_or(Path::new("/"))));
+        }
+    }
+    let name = site.run_as.clone();
+    let user = run_blocking("user", move || User::by_name(&name)).await;
+    items.push(match user {
+        Ok(user) => CheckItem::pass("user", format!("'{}' (uid {})", user.name, user.uid)),
+        Err(error) => CheckItem::fail("user", error.message(), "set 'run_as' of this host's clones to an account"),
+    });
+    Ok(items)
+}
+
+/// The libraries of the source's plugins. Where this host keeps them is not known if none of the usual places exists.
+fn plugins_item(site: &CloneSite, program_dir: &Path) -> Option<CheckItem> {
+    let wanted = site.facts.get(fact::PLUGINS).filter(|text| !text.is_empty())?;
+    let directories: Vec<_> = PLUGIN_DIRS.iter().map(|directory| program_dir.join(directory)).collect();
+    let directories: Vec<_> = directories.into_iter().filter(|directory| directory.is_dir()).collect();
+    let libraries = wanted.split(',').filter_map(|plugin| plugin.rsplit_once(' ').map(|(_, library)| library));
+    let missing: Vec<&str> =
+        libraries.filter(|library| !directories.iter().any(|directory| directory.join(library).is_file())).collect();
+    Some(match missing.is_empty() {
+        true => CheckItem::pass("plugins", wanted.clone()),
+        false => CheckItem::warn(
+            "plugins",
+            format!("not found here: {}", missing.join(", ")),
+            "install the packages that hold them, unless no table and no account needs them",
+        ),
+    })
+}

@@ -1,0 +1,11 @@
+//! Files of MariaDB and MySQL as bytes: pure parsers without a server behind them.
+//!
+//! Bytes are foreign: nothing here panics on any of them, and nothing is allocated because a length says so.
+
+pub mod aria_control;
+pub mod backup_info;
+pub mod binlog;
+mod bytes;
+pub mod gtid;
+pub mod mbstream;
+pub mod walker;

@@ -1,0 +1,119 @@
+//! The programs of MariaDB on this host, and whether they go together with a server.
+
+use std::path::{Path, PathBuf};
+
+use tokio_util::sync::CancellationToken;
+
+use crate::base::child::ChildCommand;
+use crate::error::{Error, Kind, Result};
+
+/// A version of MariaDB: `10.11.19`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Version {
+    pub major: u32,
+    pub minor: u32,
+    pub patch: u32,
+}
+
+impl Version {
+    /// The first three numbers with points in a text.
+    pub fn find(text: &str) -> Option<Version> {
+        text.split(|character: char| !(character.is_ascii_digit() || character == '.')).find_map(|word| {
+            let mut numbers = word.split('.').map(|number| number.parse::<u32>().ok());
+            match (numbers.next()??, numbers.next()??, numbers.next()??, numbers.next()) {
+                (major, minor, patch, None) => Some(Version { major, minor, patch }),
+                _ => None,
+            }
+        })
+    }
+
+    /// Versions of one series have the same files.
+    pub fn is_same_series(self, other: Version) -> bool {
+        (self.major, self.minor) == (other.major, other.minor)
+    }
+}
+
+impl std::fmt::Display for Version {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}.{}.{}", self.major, self.minor, self.patch)
+    }
+}
+
+/// A program that was asked for its version.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Program {
+    pub path: PathBuf,
+    pub version: Version,
+}
+
+/// Names of the server, the newer one first.
+pub const SERVER: [&str; 2] = ["mariadbd", "mysqld"];
+/// Names of the backup program.
+pub const BACKUP: [&str; 2] = ["mariadb-backup", "mariabackup"];
+
+/// Finds a program by one of its names: in `wanted` and nowhere else if that is given, otherwise where distributions
+/// put it. `Unsupported` if what is found is not of the series that is needed; `needed` is a version of it.
+pub async fn find(names: &[&str], wanted: Option<&Path>, needed: Version) -> Result<Program> {
+    let directories = match wanted {
+        Some(directory) => vec![directory.to_path_buf()],
+        None => ["/usr/sbin", "/usr/bin", "/usr/local/mariadb/bin", "/usr/local/mysql/bin", "/usr/local/bin"]
+            .map(PathBuf::from)
+            .to_vec(),
+    };
+    let mut others = Vec::new();
+    let paths: Vec<PathBuf> =
+        directories.iter().flat_map(|directory| names.iter().map(move |name| directory.join(name))).collect();
+    for path in paths {
+        if !path.is_file() {
+            continue;
+        }
+        let asked = ChildCommand::new(&path).arg("--no-defaults").arg("--version");
+        let finished = asked.run(&CancellationToken::new()).await?;
+        let text = [finished.stdout, finished.stderr].concat();
+        let text = String::from_utf8_lossy(&text);
+        let version = Version::find(&text).filter(|_| text.contains("MariaDB"));
+        match version {
+            Some(version) if version.is_same_series(needed) => return Ok(Program { path, version }),
+            Some(version) => others.push(format!("'{}' of MariaDB {version}", path.display())),
+            None => others.push(format!("'{}', which is not of MariaDB", path.display())),
+        }
+    }
+    let series = format!("{}.{}", needed.major, needed.minor);
+    let (kind, found) = match others.is_empty() {
+        true => (Kind::NotFound, "it is not installed in a usual place".to_string()),
+        false => (Kind::Unsupported, format!("found only {}", others.join(", "))),
+    };
+    Err(Error::new(kind, format!("cannot find '{}' of MariaDB {series}: {found}", names[0])).hint(format!(
+        "install '{}' of series {series} on this host, or set 'bin_dir' to the directory of its programs",
+        names[0]
+    )))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_are_found_as_the_programs_print_them() {
+        let version = Version { major: 10, minor: 11, patch: 19 };
+        for text in [
+            "mariadbd  Ver 10.11.19-MariaDB-0+deb12u1 for debian-linux-gnu on x86_64 (Debian 12)",
+            "mariadb-backup based on MariaDB server 10.11.19-MariaDB debian-linux-gnu (x86_64)",
+            "10.11.19",
+        ] {
+            assert_eq!(Version::find(text), Some(version), "{text}");
+        }
+        assert_eq!(Version::find("no version 1.2 here"), None);
+        assert!(version.is_same_series(Version { patch: 3, ..version }));
+        assert!(!version.is_same_series(Version { minor: 6, ..version }));
+    }
+
+    #[tokio::test]
+    async fn a_program_that_is_not_there_is_not_found_with_what_to_install() {
+        let directory = tempfile::tempdir().unwrap();
+        let needed = Version { major: 10, minor: 11, patch: 0 };
+        let error = find(&BACKUP, Some(directory.path()), needed).await.unwrap_err();
+        assert_eq!(error.kind(), Kind::NotFound);
+        assert!(error.hint_text().unwrap().contains("mariadb-backup"), "{error:?}");
+    }
+}

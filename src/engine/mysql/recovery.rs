@@ -1,0 +1,295 @@
+//! Replay: the restored copy is made consistent, then the log is placed as relay logs, cut at the target, and applied by
+//! the server's own parallel applier.
+//!
+//! keiki reads the log itself and finds the last transaction of the target. The files of the log are put beside the data
+//! as relay logs of a replication whose source does not exist, the last one cut behind that transaction; the server's
+//! SQL thread applies all there is, on several workers, committing in the order of the log. No client is between, no
+//! `UNTIL` is used. What was reached is then asked of the server: `gtid_slave_pos`, which each transaction changes
+//! together with its rows, must be the state that the walker counted. Much log goes in batches, the server being
+//! started anew for each, because the list of relay logs is read when it starts.
+//!
+//! Serving the log as a replication source would need no list and no batches, but it needs a network in the quarantine
+//! and writes every byte once more; placed files were exact and applied at the speed of the applier (tried on 10.11).
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio_util::sync::CancellationToken;
+
+use crate::base::bulk::run_blocking;
+use crate::base::child::{ChildCommand, boot_id};
+use crate::engine::mysql::backup::fact;
+use crate::engine::mysql::clone::{Grounds, STAGED_DIR};
+use crate::engine::mysql::ondisk::backup_info::{BINLOG_INFO, BinlogInfo, CHECKPOINTS};
+use crate::engine::mysql::ondisk::gtid::GtidState;
+use crate::engine::mysql::programs;
+use crate::engine::mysql::server::{pause, running_in, stop_now};
+use crate::engine::mysql::session::{Session, quoted};
+use crate::engine::{CloneSite, LogSource, Progress, Recovered};
+use crate::error::{Context, Error, Kind, Result};
+use crate::model::check::CheckItem;
+use crate::model::position::Position;
+use crate::model::target::{Target, utc_text};
+
+mod feed;
+mod state;
+
+pub use feed::remove_relay_logs;
+use feed::{Batch, End, Feed};
+use state::{Phase, RecoveryState};
+pub use state::{forget, is_handed_over, mark_durable, mark_handed_over, require_recovered};
+
+/// How long the applier may take to end what it is doing when it is told to stop.
+const STOP_LIMIT: Duration = Duration::from_secs(600);
+/// More workers than this wait for each other.
+const WORKERS_MAX: usize = 16;
+
+/// What a recovery works towards.
+struct Goal<'a> {
+    grounds: &'a Grounds,
+    site: &'a CloneSite,
+    target: &'a Target,
+    logs: Arc<dyn LogSource>,
+    progress: Arc<dyn Progress>,
+    cancel: &'a CancellationToken,
+}
+
+/// Replays exactly to the target and leaves the server running in quarantine.
+pub async fn recover(
+    grounds: &Grounds,
+    site: &CloneSite,
+    target: &Target,
+    logs: Arc<dyn LogSource>,
+    progress: Arc<dyn Progress>,
+    cancel: &CancellationToken,
+) -> Result<Recovered> {
+    let goal = Goal { grounds, site, target, logs, progress, cancel };
+    let outcome = goal.recover().await;
+    if outcome.is_err() {
+        // The first error is the one to report.
+        let _ = stop_now(&site.data_dir).await;
+    }
+    outcome.context(|| format!("cannot recover clone '{}' to '{target}'", site.clone_name))
+}
+
+impl Goal<'_> {
+    async fn recover(&self) -> Result<Recovered> {
+        let boot = boot_id()?;
+        let target = self.target.to_string();
+        let mut state = match RecoveryState::load(&self.site.run_dir)? {
+            Some(state) if !state.is_safe_after(&boot) => {
+                return Err(stage_again("the host was restarted before what was replayed was made durable"));
+            }
+            Some(state) if state.target != target => {
+                return Err(stage_again(&format!("it was being recovered to '{}'", state.target)));
+            }
+            Some(state) => state,
+            None => RecoveryState { boot_id: boot, target, phase: Phase::Applying, end: None },
+        };
+        match state.phase {
+            Phase::Applying => {}
+            // Statements that are not transactional may have been applied in part.
+            Phase::Replaying => return Err(stage_again("an earlier replay was interrupted")),
+            Phase::Recovered | Phase::HandedOver => return self.adopt(&state).await,
+        }
+        state.save(&self.site.run_dir)?;
+        self.apply_backup().await?;
+        state.phase = Phase::Replaying;
+        state.save(&self.site.run_dir)?;
+        let end = self.replay().await?;
+        let recovered = self.verify(&end).await?;
+        state.phase = Phase::Recovered;
+        state.end = Some(end);
+        state.save(&self.site.run_dir)?;
+        Ok(recovered)
+    }
+
+    /// An earlier call died after it had recovered: the server runs, or is started again.
+    async fn adopt(&self, state: &RecoveryState) -> Result<Recovered> {
+        let end = state.end.clone().ok_or_else(|| stage_again("what it was recovered to was not written down"))?;
+        if running_in(&self.site.data_dir).is_none() {
+            self.grounds.start_quarantined(self.site, &[], self.cancel).await?;
+        }
+        self.verify(&end).await
+    }
+
+    /// Lets the backup program make the copied files consistent, and moves them to where the server looks for them.
+    async fn apply_backup(&self) -> Result<()> {
+        stop_now(&self.site.data_dir).await?;
+        let staged = self.site.data_dir.join(STAGED_DIR);
+        let notes = staged.clone();
+        let read = |name: &str| std::fs::read(notes.join(name)).ok();
+        let checkpoints = CHECKPOINTS.iter().find_map(|name| read(name));
+        if let Some(info) = BINLOG_INFO.iter().find_map(|name| read(name)) {
+            self.check_notes(&BinlogInfo::parse(&info)?)?;
+        }
+        let is_applied = |text: &[u8]| {
+            let text = String::from_utf8_lossy(text);
+            ["log-applied", "full-prepared"].iter().any(|word| text.contains(word))
+        };
+        if checkpoints.is_some_and(|text| !is_applied(&text)) {
+            self.progress.note(String::from("making the copied files consistent"));
+            let tool = programs::find(&programs::BACKUP, self.grounds.bin_dir.as_deref(), self.grounds.version).await?;
+            ChildCommand::new(&tool.path)
+                .args(["--no-defaults", "--prepare", "--use-memory=256M"])
+                .arg(format!("--target-dir={}", staged.display()))
+                .current_dir(&self.site.run_dir)
+                .as_user(&self.grounds.server.user)
+                .run_checked(self.cancel)
+                .await
+                .context(|| "cannot make the copied files consistent")?;
+        }
+        let data_dir = self.site.data_dir.clone();
+        run_blocking("move up", move || crate::engine::mysql::clone::move_up(&data_dir)).await?;
+        match self.site.data_dir.join("mysql").is_dir() {
+            true => Ok(()),
+            false => Err(stage_again("it has no system tables")),
+        }
+    }
+
+    /// The program's own note must say what the backup's manifest says.
+    fn check_notes(&self, info: &BinlogInfo) -> Result<()> {
+        let (number, offset) = self.site.backup_start.file()?;
+        let noted = (crate::engine::mysql::geometry::server_log_number(&info.file), info.offset);
+        if noted == (Some(number), offset) {
+            return Ok(());
+        }
+        let reason = format!("the copied files belong to '{}' offset {}", info.file, info.offset);
+        Err(Error::new(Kind::Damaged, format!("{reason}, the backup says '{}'", self.site.backup_start)))
+    }
+
+    async fn replay(&self) -> Result<End> {
+        let (number, offset) = self.site.backup_start.file()?;
+        let first_state = GtidState::parse(self.site.facts.get(fact::GTID_STATE).map_or("", String::as_str))?;
+        let mut feed = Feed::new(self.logs.clone(), self.site, self.target, first_state.clone()).await?;
+        let total = feed.total_bytes();
+        self.progress.note(format!("replaying the log from '{}'", Position::File { number, offset }));
+        let mut state = Some(first_state);
+        let mut done = 0;
+        while let Some(batch) = feed.next_batch(&self.grounds.server.user, self.cancel).await? {
+            if batch.transactions > 0 {
+                self.run_batch(&batch, state.take(), done, total).await?;
+            }
+            done += batch.bytes;
+            self.progress.set(done, total.max(done));
+        }
+        let end = feed.into_end()?;
+        if running_in(&self.site.data_dir).is_none() {
+            let (_, session) = self.grounds.start_quarantined(self.site, &[], self.cancel).await?;
+            if let Some(state) = state {
+                set_slave_pos(&session, &state).await?;
+            }
+        }
+        self.progress.set(done, done);
+        Ok(end)
+    }
+
+    /// Starts the server on the relay logs of a batch and waits until it has applied them. `first_state` is what it
+    /// has already, given once.
+    async fn run_batch(&self, batch: &Batch, first_state: Option<GtidState>, done: u64, total: u64) -> Result<()> {
+        // The last batch's server knows nothing of these files.
+        self.grounds.server.stop_cleanly(self.cancel).await?;
+        let workers = std::thread::available_parallelism().map_or(1, usize::from).clamp(1, WORKERS_MAX);
+        let more = [
+            format!("--slave-parallel-threads={workers}"),
+            format!("--relay-log={}", batch.base),
+            format!("--relay-log-index={}.index", batch.base),
+        ];
+        let (process, session) = self.grounds.start_quarantined(self.site, &more, self.cancel).await?;
+        if let Some(state) = first_state {
+            set_slave_pos(&session, &state).await?;
+        }
+        // The name in the source's log must be there too: 10.11 crashes where its workers compare it with an empty one
+        // (`sql/rpl_rli.cc`, inc_group_relay_log_pos).
+        let log_base = self.site.facts.get(fact::LOG_BASE).map_or("binlog", String::as_str);
+        session
+            .execute(&format!(
+                "CHANGE MASTER TO MASTER_HOST = 'keiki.invalid', MASTER_USER = 'nobody', MASTER_USE_GTID = no, \
+                 MASTER_LOG_FILE = {}, MASTER_LOG_POS = {offset}, RELAY_LOG_FILE = {}, RELAY_LOG_POS = {offset}",
+                quoted(&format!("{log_base}.{:06}", batch.first_number)),
+                quoted(&batch.files[0].name),
+                offset = batch.start_offset
+            ))
+            .await?;
+        session.execute("START SLAVE SQL_THREAD").await?;
+        loop {
+            self.grounds.server.require_alive(process)?;
+            let status = session.query("SHOW SLAVE STATUS").await?;
+            if status.first("Slave_SQL_Running") != Some("Yes") {
+                return Err(self.applier_stopped(status.first("Last_SQL_Error").unwrap_or("it says nothing")));
+            }
+            let applied = status.first("Relay_Log_File").zip(status.first("Relay_Log_Pos"));
+            if let Some(bytes) = applied.and_then(|(name, offset)| batch.applied_bytes(name, offset)) {
+                self.progress.set(done + bytes, total.max(done + bytes));
+            }
+            if slave_pos(&session).await? == batch.end_state {
+                break;
+            }
+            pause(self.cancel).await?;
+        }
+        session.query_within(STOP_LIMIT, "STOP SLAVE SQL_THREAD").await?;
+        session.query_within(STOP_LIMIT, "RESET SLAVE ALL").await?;
+        let reached = slave_pos(&session).await?;
+        if reached != batch.end_state {
+            return Err(wrong(format!("it has applied '{reached}', and the log ends at '{}'", batch.end_state)));
+        }
+        Ok(())
+    }
+
+    fn applier_stopped(&self, said: &str) -> Error {
+        Error::new(Kind::Server, format!("the server stopped applying the log: {said}"))
+            .hint(format!("the whole log is '{}'", self.grounds.server.log_file.display()))
+    }
+
+    /// Asks the server what it has become.
+    async fn verify(&self, end: &End) -> Result<Recovered> {
+        self.progress.note(String::from("verifying what was reached"));
+        let session = self.grounds.connect().await?;
+        let reached = slave_pos(&session).await?;
+        if reached != end.state {
+            return Err(wrong(format!("it has '{reached}', and the end that was found is '{}'", end.state)));
+        }
+        let mut verified = vec![CheckItem::pass(
+            "transactions",
+            format!("applied up to '{reached}', the end that was found for the target"),
+        )];
+        let answers = session.query("SELECT @@GLOBAL.log_bin AS log, @@GLOBAL.skip_networking AS closed").await?;
+        if (answers.first("log"), answers.first("closed")) != (Some("0"), Some("1")) {
+            return Err(wrong(String::from("it is not closed")));
+        }
+        verified.push(CheckItem::pass("quarantine", "no network and no binary log"));
+        session
+            .execute("CREATE OR REPLACE TEMPORARY TABLE mysql.keiki_probe (probe INT) ENGINE = InnoDB")
+            .await
+            .context(|| "cannot write to the recovered server")?;
+        session.execute("DROP TEMPORARY TABLE mysql.keiki_probe").await?;
+        verified.push(CheckItem::pass("writable", "a table was made and dropped"));
+        let last = end.last_commit_at.map_or(String::from("none since the backup"), utc_text);
+        verified.push(CheckItem::pass("last transaction", last));
+        Ok(Recovered {
+            departed_at: end.position(),
+            now_at: Position::File { number: 1, offset: 0 },
+            last_commit_at: end.last_commit_at,
+            verified,
+        })
+    }
+}
+
+async fn slave_pos(session: &Session) -> Result<GtidState> {
+    GtidState::parse(&session.value("SELECT @@GLOBAL.gtid_slave_pos").await?.unwrap_or_default())
+}
+
+async fn set_slave_pos(session: &Session, state: &GtidState) -> Result<()> {
+    session.execute(&format!("SET GLOBAL gtid_slave_pos = {}", quoted(&state.to_string()))).await
+}
+
+fn wrong(what: String) -> Error {
+    Error::new(Kind::Damaged, format!("the recovered server is not what was ordered: {what}"))
+        .hint("discard the clone; if it happens again, this is a defect of keiki: keep the server's log")
+}
+
+/// The error that asks for the whole directory anew.
+fn stage_again(why: &str) -> Error {
+    Error::new(Kind::Damaged, format!("the directory must be staged again: {why}"))
+        .hint("discard the clone and order it again")
+}

@@ -1,0 +1,357 @@
+//! Places the log as relay logs, batch by batch, and ends it at the target.
+//!
+//! A relay log is a byte for byte copy of a binary log file up to where the log is cut, which is always behind a whole
+//! transaction: behind the last one of the target, or where a server died while it wrote. At the start of each file
+//! stands the GTID state that the server had then; it must be the state that was counted so far, so a hole in the log
+//! or a log of another server is found here and not by a missing row.
+
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use jiff::Timestamp;
+use tokio_util::sync::CancellationToken;
+
+use crate::base::bulk::run_blocking;
+use crate::base::users::User;
+use crate::engine::mysql::clone::{give_to, write_owned};
+use crate::engine::mysql::geometry::log_name;
+use crate::engine::mysql::ondisk::gtid::GtidState;
+use crate::engine::mysql::ondisk::walker::{Transaction, Walker};
+use crate::engine::{CloneSite, LogSource};
+use crate::error::{Context, Error, Kind, Result};
+use crate::model::position::Position;
+use crate::model::target::Target;
+
+/// Log that lies in the clone at the same time. One file may be longer.
+const BATCH_BYTES: u64 = 1 << 30;
+const PIECE_BYTES: usize = 4 << 20;
+/// The first file is copied from its start, for the event that describes its format, up to here; what lies between this
+/// and the start of replay is left out.
+const START_BYTES: u64 = 64 << 10;
+/// Beginning of the names of the relay logs.
+pub const RELAY_PREFIX: &str = "keiki-relay";
+
+/// Where the log was cut.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct End {
+    pub number: u64,
+    pub offset: u64,
+    /// The last transaction of each domain.
+    pub state: GtidState,
+    pub last_commit_at: Option<Timestamp>,
+}
+
+impl End {
+    pub fn position(&self) -> Position {
+        Position::File { number: self.number, offset: self.offset }
+    }
+}
+
+/// A relay log.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Placed {
+    /// Without directory.
+    pub name: String,
+    pub bytes: u64,
+}
+
+/// Relay logs that lie ready.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Batch {
+    /// The base of their names.
+    pub base: String,
+    pub files: Vec<Placed>,
+    /// The number of the first file in the source's log.
+    pub first_number: u64,
+    /// Where in the first file replay begins.
+    pub start_offset: u64,
+    /// Bytes to be replayed.
+    pub bytes: u64,
+    pub transactions: u64,
+    /// The state behind the last transaction.
+    pub end_state: GtidState,
+}
+
+impl Batch {
+    /// How much was applied when the server says that it is here; nothing if it names another file.
+    pub fn applied_bytes(&self, name: &str, offset: &str) -> Option<u64> {
+        let at = self.files.iter().position(|file| file.name == name.rsplit('/').next().unwrap_or(name))?;
+        let before: u64 = self.files[..at].iter().map(|file| file.bytes).sum();
+        Some((before + offset.parse::<u64>().ok()?).saturating_sub(self.start_offset))
+    }
+}
+
+/// Decides where the log ends for a target. Pure.
+struct Cutter {
+    target: Target,
+    end: End,
+    transactions: u64,
+    /// The target's last transaction was passed.
+    is_cut: bool,
+    /// The first transaction that was left out, with its time.
+    left_out: Option<Transaction>,
+}
+
+impl Cutter {
+    fn new(target: &Target, number: u64, offset: u64, state: GtidState) -> Cutter {
+        let end = End { number, offset, state, last_commit_at: None };
+        let is_cut = matches!(target, Target::Backup(_));
+        Cutter { target: target.clone(), end, transactions: 0, is_cut, left_out: None }
+    }
+
+    /// Takes the next transaction of file `number`.
+    fn add(&mut self, number: u64, transaction: Transaction) {
+        if self.is_cut {
+            return;
+        }
+        let is_beyond = match &self.target {
+            // Whole seconds: whatever began in the second of the target was not committed by it.
+            Target::Time(at) => i64::from(transaction.at_seconds) >= at.as_second(),
+            Target::Position(position) => Position::File { number, offset: transaction.end } > *position,
+            _ => false,
+        };
+        if is_beyond {
+            (self.is_cut, self.left_out) = (true, Some(transaction));
+            return;
+        }
+        self.transactions += 1;
+        (self.end.number, self.end.offset) = (number, transaction.end);
+        self.end.state.advance(transaction.gtid);
+        let at = Timestamp::from_second(i64::from(transaction.at_seconds)).ok();
+        self.end.last_commit_at = self.end.last_commit_at.max(at);
+    }
+}
+
+/// See the module.
+pub struct Feed {
+    logs: Arc<dyn LogSource>,
+    data_dir: PathBuf,
+    cutter: Cutter,
+    /// The next file, and where in it replay begins.
+    number: u64,
+    offset: u64,
+    batches: u32,
+    total_bytes: u64,
+    start: (u64, u64),
+    is_over: bool,
+}
+
+impl Feed {
+    /// Refuses a target that lies before the backup.
+    pub async fn new(logs: Arc<dyn LogSource>, site: &CloneSite, target: &Target, state: GtidState) -> Result<Feed> {
+        let (number, offset) = site.backup_start.file()?;
+        match target {
+            Target::Position(position) => {
+                position.file().map_err(|error| error.with_kind(Kind::BadInput))?;
+                if *position < site.backup_stop {
+                    return Err(before_backup(&format!("position '{position}'"), site.backup_stop));
+                }
+            }
+            Target::Lsn(_) | Target::Name(_) => {
+                return Err(Error::new(Kind::BadInput, format!("'{target}' is no target in the log of MariaDB"))
+                    .hint("choose a time, a file and offset, a GTID, a backup, or latest"));
+            }
+            Target::Latest | Target::Time(_) | Target::Backup(_) => {}
+        }
+        let mut total_bytes = 0;
+        let mut next = number;
+        while let Some(bytes) = logs.available(&log_name(next)).await? {
+            total_bytes += bytes;
+            next += 1;
+        }
+        let cutter = Cutter::new(target, number, offset, state);
+        let is_over = cutter.is_cut;
+        Ok(Feed {
+            logs,
+            data_dir: site.data_dir.clone(),
+            cutter,
+            number,
+            offset,
+            batches: 0,
+            total_bytes: total_bytes.saturating_sub(offset),
+            start: (number, offset),
+            is_over,
+        })
+    }
+
+    /// Bytes of log from the start of the backup to the end of the archive.
+    pub fn total_bytes(&self) -> u64 {
+        self.total_bytes
+    }
+
+    /// Places the next batch; nothing if the log or the target is at its end.
+    pub async fn next_batch(&mut self, user: &User, cancel: &CancellationToken) -> Result<Option<Batch>> {
+        if self.is_over {
+            return Ok(None);
+        }
+        self.batches += 1;
+        let base = format!("{RELAY_PREFIX}-{}", self.batches);
+        let mut batch = Batch {
+            base,
+            files: Vec::new(),
+            first_number: self.number,
+            start_offset: self.offset.max(4),
+            bytes: 0,
+            transactions: self.cutter.transactions,
+            end_state: GtidState::default(),
+        };
+        while !self.is_over && batch.bytes < BATCH_BYTES {
+            let name = log_name(self.number);
+            let Some(bytes) = self.logs.available(&name).await? else {
+                self.is_over = true;
+                break;
+            };
+            let placed = self.place_file(&name, bytes, &batch, user, cancel).await?;
+            batch.bytes += placed.bytes.saturating_sub(self.offset);
+            batch.files.push(placed);
+            self.is_over |= self.cutter.is_cut;
+            (self.number, self.offset) = (self.number + 1, 0);
+        }
+        if batch.files.is_empty() {
+            return Ok(None);
+        }
+        let index: String = batch.files.iter().map(|file| format!("./{}\n", file.name)).collect();
+        let (user, path) = (user.clone(), self.data_dir.join(format!("{}.index", batch.base)));
+        run_blocking("relay log index", move || write_owned(&user, &path, index.as_bytes())).await?;
+        batch.transactions = self.cutter.transactions - batch.transactions;
+        batch.end_state = self.cutter.end.state.clone();
+        Ok(Some(batch))
+    }
+
+    /// Copies one log file as far as it belongs to the target.
+    async fn place_file(
+        &mut self,
+        name: &str,
+        bytes: u64,
+        batch: &Batch,
+        user: &User,
+        cancel: &CancellationToken,
+    ) -> Result<Placed> {
+        let what = || format!("cannot place log file '{name}'");
+        let placed = format!("{}.{:06}", batch.base, batch.files.len() + 1);
+        let path = self.data_dir.join(&placed);
+        let (owner, made) = (user.clone(), path.clone());
+        let file = Arc::new(run_blocking("relay log", move || make_file(&owner, &made)).await.context(what)?);
+        if bytes < self.offset {
+            return Err(Error::new(Kind::NotFound, format!("log file '{name}' ends before the backup does"))
+                .hint("the archive has lost log of the backup; use another backup"));
+        }
+        let mut walker = Walker::new();
+        let mut at = 0;
+        while at < bytes && !self.cutter.is_cut {
+            if cancel.is_cancelled() {
+                return Err(Error::new(Kind::Cancelled, "replay was cancelled"));
+            }
+            if self.offset > START_BYTES && at == START_BYTES {
+                at = self.offset;
+                walker = walker.resumed_at(at);
+            }
+            let limit = if at < self.offset { self.offset.min(START_BYTES) } else { bytes };
+            let wanted = usize::try_from(limit - at).unwrap_or(PIECE_BYTES).min(PIECE_BYTES);
+            let piece = self.logs.read(name, at, wanted).await?;
+            if piece.is_empty() {
+                return Err(Error::new(Kind::Damaged, format!("{}: it is shorter than it was said to be", what())));
+            }
+            let is_readable = self.walk(&mut walker, &piece, at).context(what)?;
+            let (file, from, count) = (file.clone(), at, piece.len() as u64);
+            run_blocking("relay log", move || file.write_all_at(&piece, from).context(|| "cannot write a relay log"))
+                .await
+                .context(what)?;
+            at += count;
+            if !is_readable {
+                break;
+            }
+            if at == self.offset {
+                walker = walker.resumed_at(at);
+            }
+        }
+        let end = match self.cutter.is_cut && self.cutter.end.number == self.number {
+            true => self.cutter.end.offset,
+            // The target's last transaction lies in an earlier file: only the description of the format is left.
+            false if self.cutter.is_cut => {
+                walker.boundary().min(self.cutter.left_out.map_or(u64::MAX, |left| left.start))
+            }
+            false => walker.boundary().max(self.offset),
+        };
+        run_blocking("relay log", move || file.set_len(end).context(|| "cannot cut a relay log")).await?;
+        Ok(Placed { name: placed, bytes: end })
+    }
+
+    /// Walks the next piece. Says whether the file goes on as a binary log: what a crash of the source's host left
+    /// behind its last transaction is not one.
+    fn walk(&mut self, walker: &mut Walker, piece: &[u8], at: u64) -> Result<bool> {
+        let (number, offset) = (self.number, self.offset);
+        let before_start = at < offset;
+        let had_state = walker.first_state().is_some();
+        let cutter = &mut self.cutter;
+        // Compared before a transaction of the file is counted: the list stands in front of them all.
+        let expected = cutter.end.state.clone();
+        let walked = walker.feed(piece, &mut |transaction| {
+            if !before_start && transaction.start >= offset {
+                cutter.add(number, transaction);
+            }
+            Ok(())
+        });
+        if let Some(found) = walker.first_state().filter(|_| !had_state && offset == 0 && number != self.start.0) {
+            found.require_within(&expected).map_err(|(found, expected)| {
+                Error::new(
+                    Kind::Damaged,
+                    format!("it begins after transaction '{found}', and the file before it ends with '{expected}'"),
+                )
+                .hint("log is missing between the two, or the server was given another state; take a new backup")
+            })?;
+        }
+        match walked {
+            Ok(()) => Ok(true),
+            // Behind at least the description of the format; the next file's state shows whether anything is missing.
+            Err(error) if error.kind() == Kind::Damaged && walker.boundary() > 0 && walker.knows_format() => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Where the log was cut, or why this target cannot be served.
+    pub fn into_end(self) -> Result<End> {
+        let cutter = self.cutter;
+        if let (Target::Time(_), Some(_), 0) = (&cutter.target, cutter.left_out, cutter.transactions) {
+            // Nothing was replayed because the first transaction after the backup is later, which is as it should be:
+            // the backup ended before the target, or it would not have been chosen.
+            return Ok(cutter.end);
+        }
+        if let (Target::Position(position), false) = (&cutter.target, cutter.is_cut)
+            && cutter.end.position() < *position
+            && self.number <= position.file()?.0
+        {
+            return Err(Error::new(Kind::NotFound, format!("the log ends at '{}'", cutter.end.position()))
+                .hint("'keiki window' shows the newest position that can be reached"));
+        }
+        Ok(cutter.end)
+    }
+}
+
+fn make_file(user: &User, path: &Path) -> Result<File> {
+    let what = || format!("cannot make '{}'", path.display());
+    let mut options = OpenOptions::new();
+    let options = options.write(true).create(true).truncate(true).mode(0o600).custom_flags(libc::O_NOFOLLOW);
+    let file = options.open(path).context(what)?;
+    give_to(user, path)?;
+    Ok(file)
+}
+
+/// Removes what replay has placed. The server must not run. Blocking.
+pub fn remove_relay_logs(data_dir: &Path) -> Result<()> {
+    let what = || format!("cannot remove the relay logs in '{}'", data_dir.display());
+    for entry in std::fs::read_dir(data_dir).context(what)? {
+        let entry = entry.context(what)?;
+        if entry.file_name().to_string_lossy().starts_with(RELAY_PREFIX) {
+            std::fs::remove_file(entry.path()).context(what)?;
+        }
+    }
+    Ok(())
+}
+
+fn before_backup(what: &str, stop: Position) -> Error {
+    Error::new(Kind::BadInput, format!("{what} lies before the end of the base backup at '{stop}'"))
+        .hint("choose a later target, or an earlier backup; 'keiki backup list' shows them")
+}

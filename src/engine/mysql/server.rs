@@ -1,0 +1,204 @@
+//! A MariaDB server as a process: starting it, seeing whether it runs, stopping it.
+//!
+//! Invariants: a server is started in a session of its own, so that it outlives the agent; starting has no time limit,
+//! but a server that died is noticed and its last log lines are quoted; a server is known by the data directory that its
+//! process works in (`sql/mysqld.cc`: it changes into it), never by a number that may be given again.
+
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+use tokio_util::sync::CancellationToken;
+
+use crate::base::child::{ChildCommand, Process, process_start_ticks};
+use crate::base::users::User;
+use crate::engine::mysql::programs::{Program, SERVER};
+use crate::engine::mysql::session::{Endpoint, Session};
+use crate::error::{Context, Error, Kind, Result};
+
+/// How often a condition is looked at while waiting for a server.
+const POLL: Duration = Duration::from_millis(20);
+/// How much of the end of a log is looked at for a message.
+const LOG_TAIL_BYTES: u64 = 16 << 10;
+/// The longest path of a unix socket (unix(7): sun_path has 108 bytes with the NUL).
+const SOCKET_PATH_BYTES_MAX: usize = 107;
+
+/// The server of one data directory. A description: nothing runs because of it.
+#[derive(Debug, Clone)]
+pub struct Server {
+    pub program: Program,
+    pub data_dir: PathBuf,
+    /// Who runs it.
+    pub user: User,
+    pub socket: PathBuf,
+    /// Where its messages go.
+    pub log_file: PathBuf,
+}
+
+impl Server {
+    /// Starts the server with these arguments. A server that already runs is `Conflict`. Returns as soon as the process
+    /// exists.
+    pub fn start(&self, arguments: &[String]) -> Result<Process> {
+        let what = || format!("cannot start MariaDB in '{}'", self.data_dir.display());
+        if let Some(process) = running_in(&self.data_dir) {
+            return Err(Error::new(Kind::Conflict, format!("{}: process {} runs there already", what(), process.pid)));
+        }
+        if self.socket.as_os_str().len() > SOCKET_PATH_BYTES_MAX {
+            let reason = format!("{}: the path of its socket is too long: '{}'", what(), self.socket.display());
+            return Err(Error::new(Kind::BadInput, reason).hint(format!(
+                "a unix socket's path has at most {SOCKET_PATH_BYTES_MAX} bytes: choose a shorter --dir"
+            )));
+        }
+        // Created by us and not by the server, because its directory may belong to root.
+        std::fs::OpenOptions::new()
+            .append(true)
+            .create(true)
+            .mode(0o600)
+            .custom_flags(libc::O_NOFOLLOW)
+            .open(&self.log_file)
+            .context(|| format!("{}: cannot open '{}'", what(), self.log_file.display()))?;
+        let child = ChildCommand::new(&self.program.path)
+            .args(arguments)
+            // From its first moment on it is seen to work in this directory, also by an agent that did not start it.
+            .current_dir(&self.data_dir)
+            .as_user(&self.user)
+            .output_to_file(&self.log_file)
+            .spawn()
+            .context(what)?;
+        Ok(child.detach())
+    }
+
+    /// Waits until the server lets us in. No limit in time: fails if the process dies, with the last lines of its log,
+    /// or when `cancel` fires. `patience` is for an account that the server makes after it has begun to listen.
+    pub async fn wait_until_ready(
+        &self,
+        process: Process,
+        endpoint: &Endpoint,
+        patience: Duration,
+        cancel: &CancellationToken,
+    ) -> Result<Session> {
+        let mut refused_since = None;
+        loop {
+            match Session::open(endpoint).await {
+                Ok(session) => return Ok(session),
+                Err(error) if error.kind() == Kind::Forbidden => {
+                    if refused_since.get_or_insert_with(std::time::Instant::now).elapsed() > patience {
+                        return Err(error);
+                    }
+                }
+                Err(error) if error.kind() != Kind::Unreachable => return Err(error),
+                Err(_) => {}
+            }
+            self.require_alive(process)?;
+            pause(cancel).await?;
+        }
+    }
+
+    /// An error with the last lines of the log if the process is not there any more.
+    pub fn require_alive(&self, process: Process) -> Result<()> {
+        if process.is_alive() {
+            return Ok(());
+        }
+        let words = last_log_lines(&self.log_file);
+        let reason = format!("MariaDB in '{}' stopped by itself: {words}", self.data_dir.display());
+        Err(Error::new(Kind::Server, reason).hint(format!("the whole log is '{}'", self.log_file.display())))
+    }
+
+    /// Shuts the server down cleanly, however long that takes. Succeeds if none runs.
+    pub async fn stop_cleanly(&self, cancel: &CancellationToken) -> Result<()> {
+        let Some(process) = running_in(&self.data_dir) else { return Ok(()) };
+        process.signal(Signal::SIGTERM)?;
+        while process.is_alive() {
+            pause(cancel).await?;
+        }
+        Ok(())
+    }
+}
+
+/// Sleeps for one poll, or fails because the work is to stop.
+pub async fn pause(cancel: &CancellationToken) -> Result<()> {
+    tokio::select! {
+        () = tokio::time::sleep(POLL) => Ok(()),
+        () = cancel.cancelled() => Err(Error::new(Kind::Cancelled, "cancelled while waiting for MariaDB")),
+    }
+}
+
+/// Ends whatever server works in this directory, at once: for a directory that is going to be thrown away.
+pub async fn stop_now(data_dir: &Path) -> Result<()> {
+    while let Some(process) = running_in(data_dir) {
+        process.signal(Signal::SIGKILL)?;
+        tokio::time::sleep(POLL).await;
+    }
+    Ok(())
+}
+
+/// The server that works in this directory, if there is one. Seen only for processes of our own user, or as root.
+pub fn running_in(data_dir: &Path) -> Option<Process> {
+    let directory = id_of(data_dir)?;
+    let pids = std::fs::read_dir("/proc").into_iter().flatten();
+    let pids = pids.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<u32>().ok());
+    pids.filter(|pid| is_server(*pid) && id_of(&PathBuf::from(format!("/proc/{pid}/cwd"))) == Some(directory))
+        .filter_map(|pid| Some(Process { pid, start_ticks: process_start_ticks(pid)? }))
+        .find(Process::is_alive)
+}
+
+fn id_of(path: &Path) -> Option<(u64, u64)> {
+    std::fs::metadata(path).ok().map(|metadata| (metadata.dev(), metadata.ino()))
+}
+
+/// A shell in the directory is not a server. A program that was upgraded meanwhile is shown with ` (deleted)`.
+fn is_server(pid: u32) -> bool {
+    let program = std::fs::read_link(format!("/proc/{pid}/exe")).ok();
+    let name = program.as_deref().and_then(Path::file_name).map(|name| name.to_string_lossy().into_owned());
+    name.is_some_and(|name| SERVER.iter().any(|server| name.strip_suffix(" (deleted)").unwrap_or(&name) == *server))
+}
+
+/// The lines of a server's log that say why it stopped, in one line.
+fn last_log_lines(path: &Path) -> String {
+    let read = || -> std::io::Result<Vec<u8>> {
+        let mut file = File::open(path)?;
+        let length = file.metadata()?.len();
+        file.seek(SeekFrom::Start(length.saturating_sub(LOG_TAIL_BYTES)))?;
+        let mut bytes = Vec::new();
+        file.take(LOG_TAIL_BYTES).read_to_end(&mut bytes)?;
+        Ok(bytes)
+    };
+    let bytes = read().unwrap_or_default();
+    let text = String::from_utf8_lossy(&bytes);
+    let lines: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+    // From the first error of the last start on.
+    let started = lines.iter().rposition(|line| line.contains("starting as process")).unwrap_or(0);
+    let from = match lines[started..].iter().position(|line| line.contains("[ERROR]")) {
+        Some(index) => started + index,
+        None => lines.len().saturating_sub(2),
+    };
+    match lines[from..].iter().take(3).copied().collect::<Vec<_>>().join(" / ") {
+        empty if empty.is_empty() => String::from("its log is empty"),
+        quoted => format!("its log says '{quoted}'"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_that_merely_works_in_a_directory_is_no_server() {
+        assert_eq!(running_in(&std::env::current_dir().unwrap()), None);
+        assert_eq!(running_in(Path::new("/no/such/directory")), None);
+    }
+
+    #[test]
+    fn the_reason_for_the_end_is_quoted_and_an_older_one_is_not() {
+        let directory = tempfile::tempdir().unwrap();
+        let log = directory.path().join("log");
+        let text =
+            "x starting as process 1\n[ERROR] old\nx starting as process 2\n[Note] a\n[ERROR] new\n[ERROR] Aborting\n";
+        std::fs::write(&log, text).unwrap();
+        assert_eq!(last_log_lines(&log), "its log says '[ERROR] new / [ERROR] Aborting'");
+        assert_eq!(last_log_lines(&directory.path().join("none")), "its log is empty");
+    }
+}

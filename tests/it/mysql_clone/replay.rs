@@ -1,0 +1,152 @@
+//! Replay to every kind of target, and what is refused.
+
+use super::*;
+
+#[tokio::test]
+async fn a_mariadb_clone_has_exactly_the_transactions_of_its_target() {
+    let mut source = Source::start(&[]).await;
+    source.commit_rows(1, 40).await;
+    source.back_up().await;
+    source.commit_rows(41, 80).await;
+    source.session.execute("FLUSH BINARY LOGS").await.unwrap();
+    source.commit_rows(81, 120).await;
+    source.session.execute("ALTER TABLE shop.ledger ADD COLUMN extra INT DEFAULT 7").await.unwrap();
+    let second = source.quiet_second().await;
+    let position = source.position().await;
+    source.session.execute("ALTER TABLE shop.ledger DROP COLUMN extra").await.unwrap();
+    source.session.execute("CREATE USER joe@localhost IDENTIFIED BY 'x'").await.unwrap();
+    source.session.execute("FLUSH BINARY LOGS").await.unwrap();
+    source.session.execute("INSERT INTO shop.old VALUES (1)").await.unwrap();
+    source.commit_rows(121, 150).await;
+    source.archive_log().await;
+    let targets = [
+        (Target::Backup(a_backup_id()), 40, 2),
+        (Target::Position(position), 120, 3),
+        (Target::Time(second), 120, 3),
+        (Target::Latest, 150, 2),
+    ];
+    for (target, expected, columns) in targets {
+        let clone = Clone::stage(&source).await;
+        let recovered = clone.recover(&source, target.clone()).await.unwrap();
+        assert_eq!(clone.rows().await, rows(expected), "{target}");
+        let session = clone.session().await;
+        let sql =
+            "SELECT COUNT(*) FROM information_schema.COLUMNS WHERE TABLE_SCHEMA = 'shop' AND TABLE_NAME = 'ledger'";
+        assert_eq!(session.number(sql).await.unwrap(), columns, "{target}");
+        if target == Target::Position(position) {
+            assert_eq!(recovered.departed_at, position);
+        }
+        // Asking again after the agent died gives the same answer.
+        assert_eq!(clone.recover(&source, target).await.unwrap().departed_at, recovered.departed_at);
+    }
+}
+
+#[tokio::test]
+async fn an_accepted_mariadb_clone_goes_on_in_a_log_of_its_own() {
+    let mut source = Source::start(&[]).await;
+    source
+        .session
+        .execute("CREATE EVENT shop.tick ON SCHEDULE EVERY 1 SECOND DO DELETE FROM shop.ledger")
+        .await
+        .unwrap();
+    source.commit_rows(1, 10).await;
+    source.back_up().await;
+    source.commit_rows(11, 20).await;
+    let later = "CREATE EVENT shop.later ON SCHEDULE EVERY 1 SECOND DO DELETE FROM shop.ledger";
+    source.session.execute(later).await.unwrap();
+    source.archive_log().await;
+    let gtid = source.session.value("SELECT @@gtid_binlog_pos").await.unwrap().unwrap();
+    let clone = Clone::stage(&source).await;
+    clone.recover(&source, Target::Latest).await.unwrap();
+    let items = clone.cloner.clean_up(&clone.site).await.unwrap();
+    assert!(items.iter().any(|item| item.what == "events" && item.done.contains("shop.later, shop.tick")), "{items:?}");
+    let held = clone.cloner.hand_over(&clone.site, false).await.unwrap();
+    assert!(!clone.cloner.is_running(&clone.site.data_dir));
+    assert_eq!(clone.cloner.hand_over(&clone.site, true).await.unwrap(), held);
+    let session = clone.session().await;
+    let ids =
+        session.query("SELECT @@server_id AS id, @@gtid_binlog_pos AS pos, @@log_bin AS log, @@port AS port").await;
+    let ids = ids.unwrap();
+    assert_ne!(ids.first("id"), Some("5"));
+    assert_eq!((ids.first("pos"), ids.first("log")), (Some(gtid.as_str()), Some("1")));
+    assert_eq!(ids.first("port"), Some(clone.site.port.to_string().as_str()));
+    assert_eq!(clone.rows().await, rows(20));
+    session.execute("INSERT INTO shop.ledger VALUES (1000, 'of the clone')").await.unwrap();
+    let next = session.value("SELECT @@last_gtid").await.unwrap().unwrap();
+    let sequence = |gtid: &str| gtid.rsplit('-').next().unwrap().parse::<u64>().unwrap();
+    assert_eq!(sequence(&next), sequence(&gtid) + 1);
+    let leftovers: Vec<String> = std::fs::read_dir(&clone.site.data_dir)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .filter(|name| name.starts_with("keiki") || name.starts_with("xtrabackup"))
+        .collect();
+    assert!(leftovers.is_empty(), "{leftovers:?}");
+    // After a restart of the machine it is launched as it is.
+    drop(session);
+    clone.cloner.stop(&clone.site).await.unwrap();
+    let site = &clone.site;
+    let accepted = AcceptedClone {
+        data_dir: site.data_dir.clone(),
+        run_dir: site.run_dir.clone(),
+        bin_dir: None,
+        port: site.port,
+        run_as: site.run_as.clone(),
+    };
+    clone.cloner.launch(&accepted).await.unwrap();
+    clone.cloner.launch(&accepted).await.unwrap();
+    // It is a source like any other, with another life of the same data.
+    let mut config = source.server.source("copy");
+    config.data_dir = clone.site.data_dir.clone();
+    config.socket = clone.site.run_dir.join(SOCKET_FILE);
+    config.user = ACCOUNT.to_string();
+    config.password_file = Some(clone.site.run_dir.join(PASSWORD_FILE));
+    let engine = MariaDbEngine::new(config);
+    assert_eq!(engine.identify().await.unwrap(), held);
+    let listing = engine.list_log(None).await.unwrap();
+    assert_eq!(listing.files.first().unwrap().name, "binlog.0000000001");
+}
+
+#[tokio::test]
+async fn a_hole_in_the_log_and_a_target_that_is_no_target_are_refused() {
+    let mut source = Source::start(&[]).await;
+    source.commit_rows(1, 10).await;
+    source.back_up().await;
+    for from in [11, 21, 31] {
+        source.commit_rows(from, from + 9).await;
+        source.session.execute("FLUSH BINARY LOGS").await.unwrap();
+    }
+    source.archive_log().await;
+    let clone = Clone::stage(&source).await;
+    let before = Target::Position(Position::File { number: 1, offset: 4 });
+    assert_eq!(clone.recover(&source, before).await.unwrap_err().kind(), Kind::BadInput);
+    let clone = Clone::stage(&source).await;
+    assert_eq!(clone.recover(&source, Target::Name("x".into())).await.unwrap_err().kind(), Kind::BadInput);
+    // The second file with the content of the third: of the right name, and not what follows.
+    std::fs::copy(source.archive.0.join("binlog.0000000003"), source.archive.0.join("binlog.0000000002")).unwrap();
+    let clone = Clone::stage(&source).await;
+    let error = clone.recover(&source, Target::Latest).await.unwrap_err();
+    assert_eq!(error.kind(), Kind::Damaged, "{error}");
+    assert!(error.message().contains("begins after transaction"), "{error}");
+    assert!(!clone.cloner.is_running(&clone.site.data_dir));
+}
+
+#[tokio::test]
+async fn a_restored_half_cannot_be_started() {
+    let mut source = Source::start(&[]).await;
+    source.commit_rows(1, 5).await;
+    source.back_up().await;
+    let clone = Clone::stage(&source).await;
+    let mut command = std::process::Command::new(crate::support::mariadb::program("mariadbd"));
+    command
+        .args(["--no-defaults", "--skip-networking", "--innodb-buffer-pool-size=32M"])
+        .arg(format!("--datadir={}", clone.site.data_dir.display()))
+        .arg(format!("--tmpdir={}", clone.site.run_dir.display()))
+        .arg(format!("--socket={}", clone.site.run_dir.join("x").display()))
+        .arg(format!("--pid-file={}", clone.site.run_dir.join("x.pid").display()));
+    crate::support::mariadb::as_user(&mut command, &source.server.user);
+    let output = command.output().unwrap();
+    assert!(!output.status.success(), "a server got up in a directory that is not recovered");
+    // And what that server left behind is not taken for a part of the backup.
+    let error = clone.recover(&source, Target::Latest).await.unwrap_err();
+    assert_eq!(error.kind(), Kind::Damaged, "{error}");
+}

@@ -1,0 +1,158 @@
+//! A private MariaDB server for a test: made by mariadb-install-db in a temporary directory, reachable on a unix socket
+//! only, and gone when the value is dropped, however the test ends.
+//!
+//! It runs as the user that test servers of PostgreSQL run as; the account of that name comes in by unix_socket. A
+//! server that a test needs and cannot find is a failure with the command that installs it.
+
+// Not every test uses all of it.
+#![allow(dead_code)]
+
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use keiki::base::users::User;
+use keiki::engine::mysql::MariaDbSource;
+use keiki::engine::mysql::session::{Endpoint, Rows, Session};
+
+use super::postgres::{server_user, spawn_that_dies_with_us, wait_until};
+
+/// A running server.
+pub struct MariaServer {
+    pub work_dir: PathBuf,
+    pub data_dir: PathBuf,
+    pub socket: PathBuf,
+    pub user: User,
+    pub arguments: Vec<String>,
+    child: Option<Child>,
+    _root: tempfile::TempDir,
+}
+
+/// The program's path, or a failure that says how to get it.
+pub fn program(name: &str) -> PathBuf {
+    let directories = match std::env::var_os("KEIKI_TEST_MARIADB_BIN") {
+        Some(set) => vec![PathBuf::from(set)],
+        None => vec![PathBuf::from("/usr/sbin"), PathBuf::from("/usr/bin")],
+    };
+    let found = directories.iter().map(|directory| directory.join(name)).find(|path| path.is_file());
+    found.unwrap_or_else(|| panic!("no '{name}' in {directories:?}: run 'make install-test-servers'"))
+}
+
+impl MariaServer {
+    /// Makes and starts a server that writes a binary log; `arguments` come after the usual ones.
+    pub fn start(arguments: &[&str]) -> MariaServer {
+        let root = tempfile::Builder::new().prefix("keiki-mdb").tempdir().unwrap();
+        std::fs::set_permissions(root.path(), PermissionsExt::from_mode(0o755)).unwrap();
+        let user = server_user();
+        let work_dir = root.path().join("w");
+        std::fs::create_dir(&work_dir).unwrap();
+        own(&work_dir, &user);
+        let data_dir = work_dir.join("data");
+        let mut install = Command::new(program("mariadb-install-db"));
+        install.args(["--no-defaults", "--auth-root-authentication-method=socket", "--skip-test-db"]);
+        install.arg(format!("--auth-root-socket-user={}", user.name)).arg(format!("--datadir={}", data_dir.display()));
+        // A server that starts removes the temporary tables of all others from a shared directory.
+        install.arg(format!("--tmpdir={}", work_dir.display()));
+        as_user(&mut install, &user);
+        let output = install.output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let arguments = arguments.iter().map(|argument| argument.to_string()).collect();
+        let socket = work_dir.join("s");
+        let mut server = MariaServer { work_dir, data_dir, socket, user, arguments, child: None, _root: root };
+        server.launch();
+        server
+    }
+
+    /// Starts the server again.
+    pub fn launch(&mut self) {
+        let log = self.work_dir.join("log");
+        let mut command = Command::new(program("mariadbd"));
+        command
+            .args(["--no-defaults", "--skip-networking", "--server-id=5", "--log-bin=binlog", "--binlog-format=ROW"])
+            .args(["--sync-binlog=1", "--innodb-flush-log-at-trx-commit=1", "--gtid-strict-mode=1"])
+            .args(["--innodb-buffer-pool-size=64M", "--innodb-log-file-size=32M"])
+            .arg(format!("--datadir={}", self.data_dir.display()))
+            .arg(format!("--tmpdir={}", self.work_dir.display()))
+            .arg(format!("--socket={}", self.socket.display()))
+            .arg(format!("--pid-file={}", self.work_dir.join("pid").display()))
+            .arg(format!("--log-error={}", log.display()))
+            .args(&self.arguments)
+            .current_dir(&self.data_dir)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
+        as_user(&mut command, &self.user);
+        self.child = Some(spawn_that_dies_with_us(command));
+        wait_until("MariaDB listens", || {
+            let child = self.child.as_mut().unwrap();
+            if let Some(status) = child.try_wait().unwrap() {
+                panic!("MariaDB ended with {status}: {}", std::fs::read_to_string(&log).unwrap_or_default());
+            }
+            std::os::unix::net::UnixStream::connect(&self.socket).ok()
+        });
+    }
+
+    /// What the configuration would say about it.
+    pub fn source(&self, name: &str) -> MariaDbSource {
+        MariaDbSource {
+            name: name.to_string(),
+            data_dir: self.data_dir.clone(),
+            socket: self.socket.clone(),
+            user: self.user.name.clone(),
+            password_file: None,
+            run_as: self.user.name.clone(),
+            bin_dir: None,
+        }
+    }
+
+    pub fn endpoint(&self) -> Endpoint {
+        Endpoint {
+            socket: self.socket.clone(),
+            user: self.user.name.clone(),
+            password: None,
+            run_as: self.user.name.clone(),
+        }
+    }
+
+    pub async fn connect(&self) -> Session {
+        Session::open(&self.endpoint()).await.unwrap()
+    }
+
+    /// Runs one statement.
+    pub async fn sql(&self, sql: &str) -> Rows {
+        self.connect().await.query(sql).await.unwrap_or_else(|error| panic!("{sql}: {error}"))
+    }
+
+    /// Ends the server as a power cut would end its process.
+    pub fn kill9(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+impl Drop for MariaServer {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let log = std::fs::read_to_string(self.work_dir.join("log")).unwrap_or_default();
+            let lines: Vec<&str> = log.lines().collect();
+            eprintln!("last words of MariaDB:\n{}", lines[lines.len().saturating_sub(20)..].join("\n"));
+        }
+        self.kill9();
+    }
+}
+
+/// Runs a command as the servers' user, with no other group.
+pub fn as_user(command: &mut Command, user: &User) {
+    if !user.is_current() {
+        command.uid(user.uid).gid(user.gid);
+    }
+}
+
+pub fn own(path: &Path, user: &User) {
+    if !user.is_current() {
+        std::os::unix::fs::lchown(path, Some(user.uid), Some(user.gid)).unwrap();
+    }
+}
