@@ -5,6 +5,7 @@ pub mod child;
 pub mod clock;
 pub mod durable;
 pub mod journal;
+pub mod memory;
 pub mod random;
 pub mod retry;
 pub mod users;

@@ -177,12 +177,9 @@ pub fn forget_promotion(data_dir: &Path) -> Result<()> {
     crate::base::durable::remove_file_durable(&data_dir.join(PROMOTE_FILE))
 }
 
-/// The memory of this host in bytes (proc_meminfo(5)); 1 GiB if that cannot be seen.
+/// The memory that the server can have, in bytes; 1 GiB if that cannot be seen.
 pub fn memory_bytes() -> u64 {
-    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"));
-    let kilobytes = line.and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok());
-    kilobytes.map_or(1 << 30, |kilobytes| kilobytes << 10)
+    crate::base::memory::memory().map_or(1 << 30, |memory| memory.total_bytes)
 }
 
 /// The server of this site, if it runs.
