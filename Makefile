@@ -28,7 +28,7 @@ build: ## build the optimised binary
 test: install-test-servers lint run-tests story-postgres ## install what tests need, then lint, every test and the stories
 
 .PHONY: install-test-servers
-install-test-servers: ## install the compiler and the PostgreSQL servers that tests need
+install-test-servers: ## install the compiler and the servers that tests need
 	@packaging/test-servers.sh
 
 .PHONY: lint
@@ -46,10 +46,10 @@ lint: ## formatting, clippy without warnings, and what the dependencies may be
 run-tests: install-test-servers ## every test but the stories
 	@$(WITH_SERVERS) \
 	if $(CARGO) nextest --version >/dev/null 2>&1; then \
-		$(CARGO) nextest run --locked --no-fail-fast -E 'not test(/(^|::)story_postgres/)'; \
+		$(CARGO) nextest run --locked --no-fail-fast -E 'not test(/(^|::)story_(postgres|redis)/)'; \
 		$(CARGO) test --locked --quiet --doc; \
 	else \
-		$(CARGO) test --locked --no-fail-fast -- --skip story_postgres; \
+		$(CARGO) test --locked --no-fail-fast -- --skip story_postgres --skip story_redis; \
 	fi
 
 # A story that is not there would pass in silence, so it is looked for first.
@@ -60,6 +60,14 @@ story-postgres: install-test-servers ## the ledger: clones to many moments, each
 	grep -q 'story_postgres.*: test$$' <<<"$$listed" || \
 		{ echo "error: tests/it has no test called 'story_postgres'" >&2; exit 1; }; \
 	$(CARGO) test --locked --test it story_postgres -- --nocapture --test-threads=1
+
+.PHONY: story-redis
+story-redis: install-test-servers ## the ledger on Redis: clones to many moments, each key compared by DUMP
+	@$(WITH_SERVERS) \
+	listed=$$($(CARGO) test --locked --quiet --test it -- --list); \
+	grep -q 'story_redis.*: test$$' <<<"$$listed" || \
+		{ echo "error: tests/it has no test called 'story_redis'" >&2; exit 1; }; \
+	$(CARGO) test --locked --test it story_redis -- --nocapture --test-threads=1
 
 .PHONY: deb
 deb: build ## build the Debian package

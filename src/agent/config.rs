@@ -89,11 +89,16 @@ pub struct InstanceConfig {
     pub data_dir: PathBuf,
     /// The server's programs; found by the agent if nothing is said.
     pub bin_dir: Option<PathBuf>,
+    /// Where a PostgreSQL server has its socket.
     pub socket_dir: PathBuf,
+    /// The socket of a Redis server; without it the agent connects to the port on loopback.
+    pub socket: Option<PathBuf>,
     pub port: u16,
-    /// The role with which the agent logs in, and the database to which it connects.
+    /// The role with which the agent logs in, and the database to which it connects. Empty is the server's default user.
     pub user: String,
     pub database: String,
+    /// A file whose first line is the agent's password for a Redis server.
+    pub password_file: Option<PathBuf>,
     /// The operating system user who runs the server.
     pub run_as: String,
     pub ship: ShipMode,
@@ -122,6 +127,14 @@ pub struct CloneConfig {
     pub keep_free_bytes: u64,
     pub run_as: String,
     pub listen_addresses: String,
+    pub redis: CloneEngineConfig,
+}
+
+/// What clones of one engine get, where it differs from the rest.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CloneEngineConfig {
+    pub bin_dir: Option<PathBuf>,
+    pub run_as: String,
 }
 
 /// How much the agent does at the same time. A lane holds at most a few MiB.
@@ -345,20 +358,25 @@ impl Reader<'_> {
     }
 
     fn instance(&self, raw: &raw::RawInstance) -> Result<InstanceConfig> {
-        let run_as = self.word_or(&raw.run_as, "postgres")?;
+        let engine = self.parse(&raw.engine, parse_engine)?;
+        self.only_keys_of(engine, raw)?;
+        let is_redis = engine == EngineKind::Redis;
+        let run_as = self.word_or(&raw.run_as, if is_redis { "redis" } else { "postgres" })?;
+        let user = match (&raw.user, is_redis) {
+            (None, true) => String::new(),
+            (user, _) => self.word_or(user, &run_as)?,
+        };
         Ok(InstanceConfig {
             name: self.name("an instance", &raw.name)?,
-            engine: self.parse(&raw.engine, |name| match EngineKind::parse(name)? {
-                EngineKind::MariaDb => Err(Error::new(Kind::Unsupported, "engine 'mariadb' is not complete yet")
-                    .hint("this version of keiki knows 'postgres'")),
-                known => Ok(known),
-            })?,
+            engine,
             data_dir: self.path(&raw.data_dir)?,
             bin_dir: raw.bin_dir.as_ref().map(|path| self.path(path)).transpose()?,
             socket_dir: self.path_or(&raw.socket_dir, "/var/run/postgresql")?,
-            port: self.number_or(&raw.port, 5432, 1..=65535)?,
-            user: self.word_or(&raw.user, &run_as)?,
+            socket: raw.socket.as_ref().map(|path| self.path(path)).transpose()?,
+            port: self.number_or(&raw.port, if is_redis { 6379 } else { 5432 }, 1..=65535)?,
+            user,
             database: self.word_or(&raw.database, "postgres")?,
+            password_file: raw.password_file.as_ref().map(|path| self.path(path)).transpose()?,
             run_as,
             ship: self.parse_or(&raw.ship, ShipMode::Slot, parse_ship)?,
             ship_every: self.parse_or(&raw.ship_every, Duration::from_secs(5), |text| {
@@ -372,6 +390,25 @@ impl Reader<'_> {
             slot_limit_bytes: self.parse_or(&raw.slot_limit, 16 << 30, value::parse_size)?,
             backup: raw.backup.as_ref().map(|backup| self.backup(backup)).transpose()?,
         })
+    }
+
+    /// A key that says nothing about an engine is a mistake and not a wish.
+    fn only_keys_of(&self, engine: EngineKind, raw: &raw::RawInstance) -> Result<()> {
+        let redis_only = [("socket", &raw.socket), ("password_file", &raw.password_file)];
+        let postgres_only = [("socket_dir", &raw.socket_dir), ("database", &raw.database), ("ship", &raw.ship)];
+        let strangers: &[(&str, &Option<raw::Text>)] = match engine {
+            EngineKind::Redis => &postgres_only,
+            EngineKind::Postgres | EngineKind::MariaDb | EngineKind::Fake => &redis_only,
+        };
+        let found = strangers.iter().find_map(|(key, value)| value.as_ref().map(|text| (key, text.span())));
+        match found {
+            None => Ok(()),
+            Some((key, span)) => Err(self.wrong(
+                span,
+                Error::new(Kind::BadInput, format!("'{key}' means nothing for engine '{}'", engine.name()))
+                    .hint("leave it out; config/keiki.toml in the documentation shows what each engine wants"),
+            )),
+        }
     }
 
     fn backup(&self, raw: &raw::RawBackup) -> Result<BackupSchedule> {
@@ -399,6 +436,10 @@ impl Reader<'_> {
             keep_free_bytes: self.parse_or(&raw.keep_free, 0, value::parse_size)?,
             run_as: self.word_or(&raw.run_as, "postgres")?,
             listen_addresses: self.word_or(&raw.listen_addresses, "localhost")?,
+            redis: CloneEngineConfig {
+                bin_dir: raw.redis.bin_dir.as_ref().map(|path| self.path(path)).transpose()?,
+                run_as: self.word_or(&raw.redis.run_as, "redis")?,
+            },
         })
     }
 
@@ -432,6 +473,15 @@ impl Seen {
 fn needs_tls(what: &str) -> Error {
     Error::new(Kind::BadInput, format!("{what}, a host needs a certificate"))
         .hint("add [tls] with 'ca', 'certificate' and 'key'; 'keiki ca init' and 'keiki ca issue' make them")
+}
+
+/// The engine of an instance; one that is not complete yet cannot be configured.
+fn parse_engine(name: &str) -> Result<EngineKind> {
+    match EngineKind::parse(name)? {
+        EngineKind::MariaDb => Err(Error::new(Kind::Unsupported, "engine 'mariadb' is not complete yet")
+            .hint("this version of keiki knows 'postgres' and 'redis'")),
+        known => Ok(known),
+    }
 }
 
 fn parse_ship(text: &str) -> Result<ShipMode> {

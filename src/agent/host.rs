@@ -1,7 +1,6 @@
 //! This host as its agent knows it: the configuration, the repository, the peers, the jobs and the instances.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
 use std::sync::{Arc, OnceLock, RwLock};
 
 use async_trait::async_trait;
@@ -17,6 +16,8 @@ use crate::base::child;
 use crate::base::clock::Clock;
 use crate::engine::Engine;
 use crate::engine::postgres::{self, PostgresEngine, PostgresSource};
+use crate::engine::redis::session::{Address, Endpoint};
+use crate::engine::redis::{RedisEngine, RedisSource};
 use crate::error::{Error, Kind, Result};
 use crate::job::JobRunner;
 use crate::job::archive::remove_binding;
@@ -26,10 +27,6 @@ use crate::model::engine_kind::EngineKind;
 use crate::model::id::{JobId, RunId};
 use crate::model::incarnation::LeaseHolder;
 use crate::model::job::{Order, Task};
-
-/// How often the open segment of an accepted clone travels, and what its slot may hold: the configuration's defaults.
-const CLONE_SHIP_EVERY: std::time::Duration = std::time::Duration::from_secs(5);
-const CLONE_SLOT_LIMIT_BYTES: u64 = 16 << 30;
 
 /// See the module. One per agent, shared by all its tasks.
 pub struct Host {
@@ -167,6 +164,9 @@ fn shell_word(path: &str) -> String {
 }
 
 fn engine_of(config: &InstanceConfig, archive_command: String) -> Arc<dyn Engine> {
+    if config.engine == EngineKind::Redis {
+        return Arc::new(RedisEngine::new(redis_source(config)));
+    }
     Arc::new(PostgresEngine::new(PostgresSource {
         name: config.name.clone(),
         data_dir: config.data_dir.clone(),
@@ -180,6 +180,29 @@ fn engine_of(config: &InstanceConfig, archive_command: String) -> Arc<dyn Engine
             ShipMode::Slot => postgres::ShipMode::Slot { limit_bytes: config.slot_limit_bytes },
         },
     }))
+}
+
+fn redis_source(config: &InstanceConfig) -> RedisSource {
+    let endpoint = match &config.socket {
+        Some(socket) => Endpoint {
+            address: Address::Socket(socket.clone()),
+            user: None,
+            password_file: None,
+            run_as: config.run_as.clone(),
+        },
+        None => Endpoint::loopback(config.port, &config.run_as),
+    };
+    RedisSource {
+        name: config.name.clone(),
+        engine: config.engine,
+        data_dir: config.data_dir.clone(),
+        endpoint: Endpoint {
+            user: (!config.user.is_empty()).then(|| config.user.clone()),
+            password_file: config.password_file.clone(),
+            ..endpoint
+        },
+        hold_limit_bytes: config.slot_limit_bytes,
+    }
 }
 
 #[async_trait]
@@ -196,7 +219,7 @@ impl InstanceRegistry for Host {
     }
 
     async fn register(&self, instance: NewInstance) -> Result<()> {
-        let config = instance_config(&instance);
+        let config = registry::config_of(&instance);
         if let Ok(present) = self.instance(&config.name) {
             if present.config.data_dir == config.data_dir {
                 return Ok(());
@@ -232,25 +255,6 @@ impl InstanceRegistry for Host {
             Err(error) if error.kind() == Kind::Conflict => Ok(()),
             other => other.map(|_| ()),
         }
-    }
-}
-
-/// An accepted clone in the words of the configuration.
-fn instance_config(clone: &NewInstance) -> InstanceConfig {
-    InstanceConfig {
-        name: clone.name.clone(),
-        engine: EngineKind::Postgres,
-        data_dir: clone.data_dir.clone(),
-        bin_dir: clone.bin_dir.clone(),
-        socket_dir: PathBuf::from(&clone.run_dir),
-        port: clone.port,
-        user: clone.run_as.clone(),
-        database: "postgres".to_string(),
-        run_as: clone.run_as.clone(),
-        ship: ShipMode::ArchiveCommand,
-        ship_every: CLONE_SHIP_EVERY,
-        slot_limit_bytes: CLONE_SLOT_LIMIT_BYTES,
-        backup: None,
     }
 }
 

@@ -69,6 +69,8 @@ mod tests {
             port: 5500,
             user: "nobody".into(),
             database: "postgres".into(),
+            socket: None,
+            password_file: None,
             run_as: "nobody".into(),
             ship: ShipMode::ArchiveCommand,
             ship_every: Duration::from_secs(5),

@@ -10,7 +10,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::agent::config::{InstanceConfig, ShipMode};
 use crate::base::durable;
+use crate::engine::redis::settings as redis;
 use crate::error::{Context, Error, Kind, Result};
+use crate::job::ports::NewInstance;
 use crate::model::engine_kind::EngineKind;
 
 /// What is kept of an accepted clone. Not `InstanceConfig` itself: files at rest have types of their own.
@@ -81,11 +83,41 @@ fn read(path: &Path) -> Result<Registered> {
         return Err(Error::new(Kind::Unsupported, format!("{}: its version is {}", what(), kept.version))
             .hint("it was written by a newer keiki: install that version again"));
     }
-    let config = InstanceConfig {
+    let engine = EngineKind::parse(&kept.engine)?;
+    let started_in_boot = kept.started_in_boot.clone();
+    Ok(Registered { config: instance_of(kept, engine), started_in_boot })
+}
+
+/// An accepted clone in the words of the configuration.
+pub fn config_of(clone: &NewInstance) -> InstanceConfig {
+    let user = match clone.engine {
+        EngineKind::Redis => redis::AGENT_USER.to_string(),
+        EngineKind::Postgres | EngineKind::MariaDb | EngineKind::Fake => clone.run_as.clone(),
+    };
+    let kept = RegisteredInstance {
+        version: VERSION,
+        name: clone.name.clone(),
+        engine: clone.engine.name().to_string(),
+        data_dir: clone.data_dir.clone(),
+        bin_dir: clone.bin_dir.clone(),
+        socket_dir: clone.run_dir.clone(),
+        port: clone.port,
+        user,
+        run_as: clone.run_as.clone(),
+        started_in_boot: None,
+    };
+    instance_of(kept, clone.engine)
+}
+
+fn instance_of(kept: RegisteredInstance, engine: EngineKind) -> InstanceConfig {
+    let is_redis = engine == EngineKind::Redis;
+    InstanceConfig {
+        engine,
         name: kept.name,
-        engine: EngineKind::parse(&kept.engine)?,
         data_dir: kept.data_dir,
         bin_dir: kept.bin_dir,
+        socket: is_redis.then(|| kept.socket_dir.join(redis::SOCKET_FILE)),
+        password_file: is_redis.then(|| kept.socket_dir.join(redis::AGENT_PASSWORD_FILE)),
         socket_dir: kept.socket_dir,
         port: kept.port,
         user: kept.user,
@@ -95,8 +127,7 @@ fn read(path: &Path) -> Result<Registered> {
         ship_every: SHIP_EVERY,
         slot_limit_bytes: SLOT_LIMIT_BYTES,
         backup: None,
-    };
-    Ok(Registered { config, started_in_boot: kept.started_in_boot })
+    }
 }
 
 /// Writes an accepted clone durably, with the boot in which its server was started. Writing it again is harmless.
@@ -143,6 +174,8 @@ mod tests {
             port: 5500,
             user: "postgres".into(),
             database: "postgres".into(),
+            socket: None,
+            password_file: None,
             run_as: "postgres".into(),
             ship: ShipMode::ArchiveCommand,
             ship_every: SHIP_EVERY,

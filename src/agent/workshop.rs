@@ -1,15 +1,18 @@
 //! Makes the work for an order, out of what this host has.
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Weak};
 
+use crate::agent::config::CloneConfig;
 use crate::agent::host::Host;
 use crate::agent::sources::Sources;
 use crate::engine::CloneEngine;
 use crate::engine::mysql::MariaDbCloner;
 use crate::engine::postgres::clone::PostgresCloner;
+use crate::engine::redis::clone::RedisCloner;
 use crate::error::{Error, Kind, Result};
 use crate::job::backup::BackupWork;
-use crate::job::clone::{self, CloneHost, CloneWork};
+use crate::job::clone::{self, CloneHost, CloneWork, Grower};
 use crate::job::{Work, Workshop};
 use crate::model::check::CheckItem;
 use crate::model::engine_kind::EngineKind;
@@ -20,8 +23,22 @@ pub fn clone_engine(kind: EngineKind) -> Option<Arc<dyn CloneEngine>> {
     match kind {
         EngineKind::Postgres => Some(Arc::new(PostgresCloner::default())),
         EngineKind::MariaDb => Some(Arc::new(MariaDbCloner::default())),
+        EngineKind::Redis => Some(Arc::new(RedisCloner::default())),
         EngineKind::Fake => None,
     }
+}
+
+/// What grows clones on this host.
+fn growers(config: &CloneConfig) -> BTreeMap<EngineKind, Grower> {
+    let places = [
+        (EngineKind::Postgres, &config.run_as, &config.bin_dir),
+        (EngineKind::Redis, &config.redis.run_as, &config.redis.bin_dir),
+    ];
+    let growers = places.into_iter().filter_map(|(kind, run_as, bin_dir)| {
+        let engine = clone_engine(kind)?;
+        Some((kind, Grower { engine, run_as: run_as.clone(), bin_dir: bin_dir.clone() }))
+    });
+    growers.collect()
 }
 
 /// The workshop of an agent. It knows the host only weakly: the host owns the runner, which owns the workshop.
@@ -47,12 +64,10 @@ impl AgentWorkshop {
             data_root: config.data_root.clone(),
             ports: config.ports.clone(),
             keep_free_bytes: config.keep_free_bytes,
-            run_as: config.run_as.clone(),
             listen_addresses: config.listen_addresses.clone(),
-            bin_dir: config.bin_dir.clone(),
             archive_command: host.archive_command(),
             lanes: host.config.limits.clone_lanes,
-            engine: Arc::new(PostgresCloner::default()),
+            growers: growers(config),
             repository: host.repository.clone(),
             sources: Arc::new(Sources(host.clone())),
             registry: host.clone(),

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use crate::engine::fake::geometry::FakeGeometry;
 use crate::engine::mysql::geometry::BinlogGeometry;
 use crate::engine::postgres::geometry::WalGeometry;
+use crate::engine::redis::geometry::AofGeometry;
 use crate::error::Result;
 use crate::model::engine_kind::EngineKind;
 use crate::model::position::Position;
@@ -31,6 +32,7 @@ pub trait LogGeometry: Send + Sync {
 pub fn log_geometry(kind: EngineKind, facts: &BTreeMap<String, String>) -> Result<Arc<dyn LogGeometry>> {
     match kind {
         EngineKind::Postgres => Ok(Arc::new(WalGeometry::from_facts(facts)?)),
+        EngineKind::Redis => Ok(Arc::new(AofGeometry)),
         EngineKind::Fake => Ok(Arc::new(FakeGeometry)),
         EngineKind::MariaDb => Ok(Arc::new(BinlogGeometry)),
     }

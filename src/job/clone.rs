@@ -21,6 +21,7 @@ use crate::job::ports::{InstanceRegistry, RepositoryDoor, SourceAgents};
 use crate::job::{Restart, StepContext, StepPlan, UndoCause, Work};
 use crate::model::backup::Backup;
 use crate::model::check::{CheckItem, Verdict};
+use crate::model::engine_kind::EngineKind;
 use crate::model::id::{BackupId, IncarnationId, check_name};
 use crate::model::incarnation::Incarnation;
 use crate::model::job::{CloneOrder, JobReport, Task};
@@ -55,6 +56,7 @@ mod facts {
     pub const DATA_DIR: &str = "data_dir";
     pub const PORT: &str = "port";
     pub const SOURCE: &str = "source_incarnation";
+    pub const ENGINE: &str = "engine";
     pub const BACKUP: &str = "backup";
     pub const DEPARTED_AT: &str = "departed_at";
     pub const INCARNATION: &str = "incarnation";
@@ -70,18 +72,27 @@ pub struct CloneHost {
     pub ports: RangeInclusive<u16>,
     /// What a clone leaves free on its disk, beyond what it needs itself.
     pub keep_free_bytes: u64,
-    pub run_as: String,
     pub listen_addresses: String,
-    pub bin_dir: Option<PathBuf>,
     /// What the accepted clone's server calls to archive.
     pub archive_command: String,
     /// Packs that are read and frames that are written at the same time.
     pub lanes: usize,
-    pub engine: Arc<dyn CloneEngine>,
+    /// The engines that this host can grow.
+    pub growers: BTreeMap<EngineKind, Grower>,
     pub repository: Arc<dyn RepositoryDoor>,
     pub sources: Arc<dyn SourceAgents>,
     pub registry: Arc<dyn InstanceRegistry>,
     pub clock: Arc<dyn Clock>,
+}
+
+/// What grows the clones of one engine on this host.
+#[derive(Clone)]
+pub struct Grower {
+    pub engine: Arc<dyn CloneEngine>,
+    /// Who runs its servers.
+    pub run_as: String,
+    /// Where its programs are, unless the engine is to look for them.
+    pub bin_dir: Option<PathBuf>,
 }
 
 /// Where a clone will lie.
@@ -92,6 +103,14 @@ pub struct Place {
 }
 
 impl CloneHost {
+    /// What grows clones of an engine here.
+    fn grower(&self, kind: EngineKind) -> Result<&Grower> {
+        self.growers.get(&kind).ok_or_else(|| {
+            let message = format!("host '{}' cannot grow a clone of {}", self.host_name, kind.name());
+            Error::new(Kind::Unsupported, message).hint("is its keiki older than that of the source?")
+        })
+    }
+
     /// The place that an order asks for; the parts that it leaves open are chosen here.
     fn place(&self, order: &CloneOrder) -> Result<Place> {
         let data_dir = match &order.data_dir {
@@ -114,15 +133,15 @@ impl CloneHost {
         Ok(Place { data_dir, port })
     }
 
-    fn site(&self, order: &CloneOrder, place: &Place, backup: &Backup) -> CloneSite {
+    fn site(&self, grower: &Grower, order: &CloneOrder, place: &Place, backup: &Backup) -> CloneSite {
         CloneSite {
             clone_name: order.clone_name.clone(),
             data_dir: place.data_dir.clone(),
             run_dir: site::run_dir_of(&place.data_dir),
-            bin_dir: self.bin_dir.clone(),
+            bin_dir: grower.bin_dir.clone(),
             port: place.port,
             listen_addresses: self.listen_addresses.clone(),
-            run_as: self.run_as.clone(),
+            run_as: grower.run_as.clone(),
             settings: order.settings.clone(),
             engine_version: backup.engine_version.clone(),
             facts: backup.engine_facts.clone(),
@@ -184,7 +203,8 @@ impl CloneWork {
         let (repository, source) = self.source(context).await?;
         let backup = BackupId::parse(&context.need_fact(facts::BACKUP)?)?;
         let reader = BackupReader::open(repository.clone(), source.id, &backup).await?;
-        let site = self.host.site(&self.order, &self.place(context)?, reader.backup());
+        let grower = self.host.grower(source.engine)?;
+        let site = self.host.site(grower, &self.order, &self.place(context)?, reader.backup());
         Ok((site, reader, source, repository))
     }
 
@@ -193,7 +213,9 @@ impl CloneWork {
         let repository = self.host.repository.repository().await?;
         let source = Incarnations::new(repository).find(&self.order.source).await?;
         let place = self.host.place(&self.order)?;
+        self.host.grower(source.engine)?;
         context.record(facts::SOURCE, source.id.to_string()).await?;
+        context.record(facts::ENGINE, source.engine.name().to_string()).await?;
         context.record(facts::PORT, place.port.to_string()).await?;
         context.record(facts::DATA_DIR, place.data_dir.display().to_string()).await?;
         context.result("source", format!("{}/{}", source.host, source.instance));
@@ -220,17 +242,18 @@ impl CloneWork {
     }
 
     async fn stage(&self, context: &StepContext) -> Result<()> {
-        let (site, reader, _, _) = self.site(context).await?;
+        let (site, reader, source, _) = self.site(context).await?;
+        let engine = &self.host.grower(source.engine)?.engine;
         let (data_dir, job, owner) = (site.data_dir.clone(), context.order.id, User::by_name(&site.run_as)?);
         let made_for = owner.clone();
-        self.host.engine.stop(&site).await?;
+        engine.stop(&site).await?;
         // What an interrupted attempt left is worthless: its bytes may not have reached the disk.
         run_on_thread("stage-begin", move || {
             site::make(&data_dir, job, &made_for)?;
             site::empty(&data_dir, job)
         })
         .await?;
-        let staging = Staging { engine: self.host.engine.as_ref(), site: &site, owner: &owner, lanes: self.host.lanes };
+        let staging = Staging { engine: engine.as_ref(), site: &site, owner: &owner, lanes: self.host.lanes };
         // A store that does not answer must not hold up whoever cancels. The files are made before they are written, so
         // a thread that still has a frame in hand writes into a file of this attempt or into none.
         tokio::select! {
@@ -250,6 +273,7 @@ impl CloneWork {
         let logs = Arc::new(RepositoryLog::new(Arc::new(LogReader::new(repository, catalogue)), geometry));
         let recovered = self
             .host
+            .grower(source.engine)?
             .engine
             .recover(&site, &self.order.target, logs, context.progress(), context.cancel.clone())
             .await?;
@@ -270,7 +294,6 @@ impl CloneWork {
         let last = recovered.last_commit_at.map_or("no transaction since the backup".to_string(), |at| {
             format!("last transaction at {}", utc_text(at))
         });
-        context.progress().note(format!("reached {}", recovered.departed_at));
         context.result("reached", format!("{}, {last}", recovered.departed_at));
         for item in &recovered.verified {
             context.result(&item.what, item.found.clone());
@@ -279,14 +302,8 @@ impl CloneWork {
     }
 
     async fn clean_up(&self, context: &StepContext) -> Result<()> {
-        let (site, _, _, _) = self.site(context).await?;
-        let done = self.host.engine.clean_up(&site).await?;
-        context.progress().note(match done.len() {
-            0 => "nothing to be done".to_string(),
-            1 => "1 thing was done".to_string(),
-            many => format!("{many} things were done"),
-        });
-        for item in done {
+        let (site, _, source, _) = self.site(context).await?;
+        for item in self.host.grower(source.engine)?.engine.clean_up(&site).await? {
             context.result(&item.what, item.done);
         }
         Ok(())
@@ -363,22 +380,28 @@ impl Work for CloneWork {
         if context.fact(facts::INCARNATION).is_some() {
             self.host.registry.unregister(&self.order.clone_name).await?;
         }
-        self.host.engine.stop(&bare_site(&self.host, &self.order, &data_dir)).await?;
+        let grower = self.host.grower(kind_of(context.fact(facts::ENGINE).as_deref())?)?;
+        grower.engine.stop(&bare_site(&self.host, grower, &self.order, &data_dir)).await?;
         run_on_thread("discard", move || site::remove(&data_dir, job)).await
     }
 }
 
+/// The engine that a job recorded. Journals of the first version name none, and knew only one.
+fn kind_of(recorded: Option<&str>) -> Result<EngineKind> {
+    recorded.map_or(Ok(EngineKind::Postgres), EngineKind::parse)
+}
+
 /// Enough of a site to stop its server, where the repository cannot be asked any more.
-fn bare_site(host: &CloneHost, order: &CloneOrder, data_dir: &std::path::Path) -> CloneSite {
+fn bare_site(host: &CloneHost, grower: &Grower, order: &CloneOrder, data_dir: &std::path::Path) -> CloneSite {
     let nowhere = crate::model::position::Position::Count(0);
     CloneSite {
         clone_name: order.clone_name.clone(),
         data_dir: data_dir.to_path_buf(),
         run_dir: site::run_dir_of(data_dir),
-        bin_dir: host.bin_dir.clone(),
+        bin_dir: grower.bin_dir.clone(),
         port: order.port.unwrap_or(0),
         listen_addresses: host.listen_addresses.clone(),
-        run_as: host.run_as.clone(),
+        run_as: grower.run_as.clone(),
         settings: BTreeMap::new(),
         engine_version: String::new(),
         facts: BTreeMap::new(),
@@ -425,7 +448,8 @@ pub async fn remove_accepted(host: &CloneHost, report: &JobReport, job_facts: &B
     if !site::is_of(&data_dir, report.order.id)? {
         return Ok(());
     }
-    host.engine.stop(&bare_site(host, order, &data_dir)).await?;
+    let grower = host.grower(kind_of(job_facts.get(facts::ENGINE).map(String::as_str))?)?;
+    grower.engine.stop(&bare_site(host, grower, order, &data_dir)).await?;
     let job = report.order.id;
     run_on_thread("discard", move || site::remove(&data_dir, job)).await
 }

@@ -7,13 +7,18 @@ use crate::error::{Error, Kind, Result};
 pub enum EngineKind {
     Postgres,
     MariaDb,
+    Redis,
     /// The counting pretence of a database that keeps the `Engine` trait honest in tests.
     Fake,
 }
 
 impl EngineKind {
-    const NAMES: &'static [(EngineKind, &'static str)] =
-        &[(EngineKind::Postgres, "postgres"), (EngineKind::MariaDb, "mariadb"), (EngineKind::Fake, "fake")];
+    const NAMES: &'static [(EngineKind, &'static str)] = &[
+        (EngineKind::Postgres, "postgres"),
+        (EngineKind::MariaDb, "mariadb"),
+        (EngineKind::Redis, "redis"),
+        (EngineKind::Fake, "fake"),
+    ];
 
     pub fn name(self) -> &'static str {
         Self::NAMES.iter().find(|row| row.0 == self).map_or("unknown", |row| row.1)
@@ -23,7 +28,7 @@ impl EngineKind {
     pub fn parse(name: &str) -> Result<EngineKind> {
         Self::NAMES.iter().find(|row| row.1 == name).map(|row| row.0).ok_or_else(|| {
             Error::new(Kind::Unsupported, format!("engine '{name}' is not known"))
-                .hint("this version of keiki knows 'postgres'")
+                .hint("this version of keiki knows 'postgres' and 'redis'")
         })
     }
 }

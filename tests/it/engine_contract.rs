@@ -25,6 +25,7 @@ use crate::support::postgres::Version;
 mod fake;
 mod postgres;
 mod promises;
+mod redis;
 
 /// A source under test and the grower of its clones.
 pub trait Subject: Send + Sync {
@@ -32,6 +33,10 @@ pub trait Subject: Send + Sync {
     fn cloner(&self) -> Arc<dyn CloneEngine>;
     /// Commits one number; it is durable when this returns.
     fn commit(&self, value: u64);
+    /// Whether the engine knows named points.
+    fn has_named_points(&self) -> bool {
+        true
+    }
     /// Makes a named point.
     fn name_point(&self, name: &str);
     /// The source's clock; no commit before or after has this very time.
@@ -154,6 +159,10 @@ impl MemoryLog {
 impl LogSource for MemoryLog {
     async fn available(&self, name: &str) -> Result<Option<u64>> {
         Ok(self.files.get(name).map(|bytes| bytes.len() as u64))
+    }
+
+    async fn is_sealed(&self, name: &str) -> Result<bool> {
+        Ok(self.files.contains_key(name))
     }
 
     async fn read(&self, name: &str, from: u64, max_bytes: usize) -> Result<Bytes> {
@@ -302,4 +311,9 @@ async fn postgres_15_keeps_the_contract() {
 #[tokio::test(flavor = "multi_thread")]
 async fn postgres_18_keeps_the_contract() {
     hold_all(&postgres::PostgresSubject::start(Version::V18)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn redis_7_keeps_the_contract() {
+    hold_all(&redis::RedisSubject::start()).await;
 }

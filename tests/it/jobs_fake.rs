@@ -14,10 +14,11 @@ use keiki::engine::{DurableEnd, Engine};
 use keiki::error::{Error, Kind, Result};
 use keiki::job::archive::{Archiver, ArchiverOptions};
 use keiki::job::backup::{BackupSource, BackupWork};
-use keiki::job::clone::{CloneHost, CloneWork};
+use keiki::job::clone::{CloneHost, CloneWork, Grower};
 use keiki::job::ports::{InstanceRegistry, NewInstance, RepositoryDoor, SourceAgents, TakenPlace};
 use keiki::job::{JobRunner, Restart, RunnerOptions, StepContext, StepPlan, UndoCause, Work, Workshop};
 use keiki::model::backup::BackupKind;
+use keiki::model::engine_kind::EngineKind;
 use keiki::model::id::{IncarnationId, JobId, RunId};
 use keiki::model::incarnation::{Incarnation, LeaseHolder};
 use keiki::model::job::{CloneOrder, JobReport, JobState, Order, StepState, Task};
@@ -112,12 +113,13 @@ impl World {
             data_root: self.directory.path().join("clones"),
             keep_free_bytes: 0,
             ports: 41_000..=41_999,
-            run_as: current_user().unwrap().name,
             listen_addresses: "127.0.0.1".into(),
-            bin_dir: None,
             archive_command: String::new(),
             lanes: 2,
-            engine: Arc::new(FakeCloneEngine),
+            growers: BTreeMap::from([(
+                EngineKind::Fake,
+                Grower { engine: Arc::new(FakeCloneEngine), run_as: current_user().unwrap().name, bin_dir: None },
+            )]),
             repository: Arc::new(Door(self.repo.clone())),
             sources: Arc::new(Sources(self.archiver.clone())),
             registry: self.registry.clone(),

@@ -15,4 +15,5 @@ mod postgres_clone;
 mod postgres_source;
 mod story_slot;
 mod store_contract;
+mod story_redis;
 mod story_postgres;

@@ -116,6 +116,10 @@ impl LogSource for Archive {
         Ok(std::fs::metadata(self.0.join(name)).ok().map(|metadata| metadata.len()))
     }
 
+    async fn is_sealed(&self, name: &str) -> Result<bool> {
+        Ok(self.available(name).await?.is_some())
+    }
+
     async fn read(&self, name: &str, from: u64, max_bytes: usize) -> Result<Bytes> {
         let bytes = std::fs::read(self.0.join(name)).context(|| format!("cannot read '{name}'"))?;
         let from = usize::try_from(from).unwrap_or(usize::MAX).min(bytes.len());

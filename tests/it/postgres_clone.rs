@@ -43,6 +43,10 @@ impl LogSource for Archive {
         }
     }
 
+    async fn is_sealed(&self, name: &str) -> Result<bool> {
+        Ok(self.directory.join(name).exists())
+    }
+
     async fn read(&self, name: &str, from: u64, max_bytes: usize) -> Result<Bytes> {
         let reads = self.reads.fetch_add(1, Ordering::Relaxed) + 1;
         if let Some((limit, token)) = &self.cancel_after

@@ -4,4 +4,5 @@ pub mod hosts;
 pub mod ledger;
 pub mod mariadb;
 pub mod postgres;
+pub mod redis;
 pub mod two_hosts;

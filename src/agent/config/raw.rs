@@ -69,9 +69,11 @@ pub struct RawInstance {
     pub data_dir: Text,
     pub bin_dir: Option<Text>,
     pub socket_dir: Option<Text>,
+    pub socket: Option<Text>,
     pub port: Option<Number>,
     pub user: Option<Text>,
     pub database: Option<Text>,
+    pub password_file: Option<Text>,
     pub run_as: Option<Text>,
     pub ship: Option<Text>,
     pub ship_every: Option<Text>,
@@ -104,6 +106,15 @@ pub struct RawClone {
     pub keep_free: Option<Text>,
     pub run_as: Option<Text>,
     pub listen_addresses: Option<Text>,
+    #[serde(default)]
+    pub redis: RawCloneEngine,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(deny_unknown_fields)]
+pub struct RawCloneEngine {
+    pub bin_dir: Option<Text>,
+    pub run_as: Option<Text>,
 }
 
 #[derive(Deserialize)]

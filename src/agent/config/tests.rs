@@ -384,6 +384,19 @@ fn a_file_that_cannot_be_read_says_why() {
     assert_eq!(Config::load(&path).unwrap().host.name, "a");
 }
 
+#[test]
+fn a_redis_server_has_its_own_defaults_and_its_own_keys() {
+    let redis = "[[instance]]\nname = \"cart\"\nengine = \"redis\"\ndata_dir = \"/var/lib/redis\"\n";
+    let config = parse(&format!("{SMALL}{redis}")).unwrap();
+    let instance = &config.instances[0];
+    assert_eq!((instance.port, instance.run_as.as_str(), instance.user.as_str()), (6379, "redis", ""));
+    assert_eq!((&instance.socket, &instance.password_file), (&None, &None));
+    let error = parse(&format!("{SMALL}{redis}ship = \"slot\"\n")).unwrap_err();
+    assert!(error.message().contains("'ship' means nothing for engine 'redis'"), "{error}");
+    let error = parse(&format!("{SMALL}{INSTANCE}socket = \"/s\"\n")).unwrap_err();
+    assert!(error.message().contains("'socket' means nothing for engine 'postgres'"), "{error}");
+}
+
 fn sample() -> String {
     std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("config/keiki.toml")).unwrap()
 }
@@ -402,6 +415,7 @@ fn the_sample_file_shows_exactly_the_keys_that_exist() {
         ("instance", "[[instance]]\n?"),
         ("instance.backup", "[[instance]]\n[instance.backup]\n?"),
         ("clone", "[clone]\n?"),
+        ("clone.redis", "[clone.redis]\n?"),
         ("allow", "[[allow]]\n?"),
         ("limits", "[limits]\n?"),
     ];

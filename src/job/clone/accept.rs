@@ -36,7 +36,7 @@ pub async fn accept(
     let began_at = context.need_fact(facts::BEGAN_AT)?;
     let began_at =
         began_at.parse().map_err(|_| Error::new(Kind::Damaged, format!("the journal says time '{began_at}'")))?;
-    let identity = host.engine.hand_over(site, true).await?;
+    let identity = host.grower(source.engine)?.engine.hand_over(site, true).await?;
     let incarnation = Incarnation {
         id,
         engine: source.engine,

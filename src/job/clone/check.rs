@@ -7,7 +7,7 @@ use crate::base::durable;
 use crate::engine::CloneSite;
 use crate::error::{Error, Kind, Result};
 use crate::job::clone::plan::{Choice, choose};
-use crate::job::clone::{CloneHost, Place, site};
+use crate::job::clone::{CloneHost, Grower, Place, site};
 use crate::job::window::window_of;
 use crate::model::bytes_text::human_bytes;
 use crate::model::check::{CheckItem, Verdict, worst};
@@ -89,8 +89,10 @@ pub async fn check(
                 ),
             ));
             items.push(space_item(&choice, &place.data_dir, host.keep_free_bytes)?);
-            let site = host.site(order, place, &choice.backup);
-            items.extend(engine_items(host, &site).await);
+            items.extend(match host.grower(source.engine) {
+                Ok(grower) => engine_items(grower, &host.site(grower, order, place, &choice.backup)).await,
+                Err(error) => vec![failed("server programs", &error)],
+            });
             Ok(Checked { items, choice: Some(choice), refusal: None })
         }
         Err(refusal) => {
@@ -149,7 +151,7 @@ fn place_item(host: &CloneHost, order: &CloneOrder, place: &Place) -> Result<Che
             return Ok(CheckItem::fail(what, found, "choose another directory with --dir"));
         }
     }
-    if host.engine.is_running(dir) {
+    if host.growers.values().any(|grower| grower.engine.is_running(dir)) {
         let found = format!("a server is running in '{}'", dir.display());
         return Ok(CheckItem::fail(what, found, "choose another directory with --dir"));
     }
@@ -215,8 +217,10 @@ fn log_bytes(choice: &Choice) -> u64 {
     }
 }
 
-async fn engine_items(host: &CloneHost, site: &CloneSite) -> Vec<CheckItem> {
-    host.engine.check_target(site).await.unwrap_or_else(|error| {
-        vec![CheckItem::fail("server programs", error.message(), error.hint_text().unwrap_or("see the agent's log"))]
-    })
+async fn engine_items(grower: &Grower, site: &CloneSite) -> Vec<CheckItem> {
+    grower.engine.check_target(site).await.unwrap_or_else(|error| vec![failed("server programs", &error)])
+}
+
+fn failed(what: &str, error: &Error) -> CheckItem {
+    CheckItem::fail(what, error.message(), error.hint_text().unwrap_or("see the agent's log"))
 }

@@ -64,6 +64,10 @@ impl LogSource for RepositoryLog {
         Ok(self.reader.catalogue().file(name).await?.map(|file| file.bytes).filter(|bytes| *bytes > 0))
     }
 
+    async fn is_sealed(&self, name: &str) -> Result<bool> {
+        Ok(self.reader.catalogue().file(name).await?.is_some_and(|file| file.sealed))
+    }
+
     async fn read(&self, name: &str, from: u64, max_bytes: usize) -> Result<Bytes> {
         if from > 0 || self.geometry.span(name, 0)?.is_none() {
             return self.reader.read(name, from, max_bytes).await;

@@ -19,7 +19,6 @@ use crate::job::StepContext;
 use crate::job::clone::site::give_to;
 use crate::job::clone::writers::{Landing, MadeFile, Writers};
 use crate::model::backup::FileKind;
-use crate::model::bytes_text::human_bytes;
 use crate::repo::backup_reader::BackupReader;
 use crate::repo::restore_plan::{PackRead, plan_reads};
 
@@ -70,9 +69,7 @@ pub async fn stage(staging: &Staging<'_>, reader: &BackupReader, context: &StepC
         }
     }
     progress.set(total, total);
-    let restored = human_bytes(writers + hole_bytes);
-    progress.note(format!("{restored} restored"));
-    context.result("restored", restored);
+    context.result("restored", crate::model::bytes_text::human_bytes(writers + hole_bytes));
     Ok(())
 }
 

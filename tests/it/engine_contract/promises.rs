@@ -55,6 +55,8 @@ pub async fn what_was_committed_is_in_the_durable_log(subject: &dyn Subject) {
 pub async fn any_range_of_a_log_file_reads_the_same_bytes(subject: &dyn Subject) {
     let engine = subject.engine();
     subject.commit(4);
+    // Where a range may begin and end is for the engine to say: where it said that its log ends, at some time.
+    let earlier = engine.list_log(None).await.unwrap();
     let before = subject.now();
     subject.commit(5);
     let after = subject.now();
@@ -63,7 +65,8 @@ pub async fn any_range_of_a_log_file_reads_the_same_bytes(subject: &dyn Subject)
     let end = open.readable_bytes;
     let whole = read_log(engine.as_ref(), open, 0, end).await.unwrap();
     assert_eq!(whole.len() as u64, end);
-    let middle = end / 128 * 64;
+    let middle = earlier.files.iter().find(|file| file.name == open.name).map_or(0, |file| file.readable_bytes);
+    assert!(middle < end, "the log has not grown");
     let mut parts = read_log(engine.as_ref(), open, 0, middle).await.unwrap();
     parts.extend(read_log(engine.as_ref(), open, middle, end).await.unwrap());
     assert!(whole == parts, "two halves are not the whole");
@@ -85,7 +88,11 @@ pub async fn names_and_positions_agree_with_the_files(subject: &dyn Subject) {
     let logs = listing.files.iter().filter(|file| geometry.span(&file.name, 0).unwrap().is_some());
     let mut last = None;
     for file in logs {
-        let (start, end) = geometry.span(&file.name, file.readable_bytes).unwrap().unwrap();
+        let span = match file.sealed {
+            true => geometry.sealed_span(&file.name),
+            false => geometry.span(&file.name, file.readable_bytes),
+        };
+        let (start, end) = span.unwrap().unwrap();
         if let Some((name, last_end)) = last {
             assert_eq!(geometry.next_file(name).unwrap(), file.name);
             assert_eq!(last_end, start, "'{name}' and '{}' do not meet", file.name);
@@ -123,15 +130,17 @@ pub async fn a_clone_holds_exactly_its_target(subject: &dyn Subject) {
     subject.commit(153);
     let log = async || MemoryLog::of(subject).await;
     let backup = Target::Backup(BackupId::new(base.span.began_at, 1));
-    let targets = [
+    let mut targets = vec![
         (Target::Latest, 153),
         (Target::Time(between), 151),
-        (Target::Name("contract point".into()), 152),
         (backup, 149),
         // A quiet moment after the last commit, and one before the first.
         (Target::Time(subject.now()), 153),
         (Target::Time(at_backup), 149),
     ];
+    if subject.has_named_points() {
+        targets.push((Target::Name("contract point".into()), 152));
+    }
     for (target, last) in targets {
         let grown = Grown::stage(subject, &base).await;
         let log = log().await;

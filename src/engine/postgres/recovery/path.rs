@@ -94,6 +94,10 @@ mod tests {
             Ok(self.0.get(name).map(|text| text.len() as u64))
         }
 
+        async fn is_sealed(&self, _name: &str) -> Result<bool> {
+            Ok(true)
+        }
+
         async fn read(&self, name: &str, _from: u64, _max_bytes: usize) -> Result<Bytes> {
             Ok(Bytes::from_static(self.0[name].as_bytes()))
         }

@@ -1,0 +1,82 @@
+//! Reads a part of an increment, walking over its commands on the way.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+
+use bytes::Bytes;
+use jiff::Timestamp;
+
+use crate::base::bulk::run_blocking;
+use crate::engine::LogRead;
+use crate::engine::redis::Inner;
+use crate::engine::redis::geometry::file_number;
+use crate::engine::redis::ondisk::aof::{AofWalker, Mark};
+use crate::error::{Context, Error, Kind, Result};
+use crate::model::log::{LogFile, LogSummary};
+use crate::model::position::Position;
+
+const PIECE_BYTES: u64 = 1 << 20;
+
+/// Opens bytes `from..to` of a log file, both of them boundaries of commands.
+pub(super) async fn open(inner: &Inner, file: &LogFile, from: u64, to: u64) -> Result<Box<dyn LogRead>> {
+    let what = || format!("cannot open log file '{}' of instance '{}'", file.name, inner.source().name);
+    if from > to || to > file.readable_bytes {
+        return Err(Error::new(Kind::Internal, format!("{}: bytes {from} to {to} cannot be read", what())));
+    }
+    let number = file_number(&file.name).context(what)?;
+    let hold = inner.hold().await.ok_or_else(|| Error::new(Kind::Internal, format!("{}: never listed", what())))?;
+    let opened = run_blocking("open log", move || {
+        let held = hold.held()?.into_iter().find(|held| held.number == number);
+        let held = held.ok_or_else(|| Error::new(Kind::NotFound, "it was given up because it took too much disk"))?;
+        File::open(&held.path).context(|| format!("cannot open '{}'", held.path.display()))
+    });
+    let opened = opened.await.context(what)?;
+    Ok(Box::new(IncrementRead {
+        file: opened,
+        name: file.name.clone(),
+        number,
+        to,
+        walker: AofWalker::new(from),
+        first_second: None,
+    }))
+}
+
+struct IncrementRead {
+    file: File,
+    name: String,
+    number: u64,
+    to: u64,
+    walker: AofWalker,
+    first_second: Option<i64>,
+}
+
+impl LogRead for IncrementRead {
+    fn read(&mut self) -> Result<Bytes> {
+        let at = self.walker.at();
+        // Bounded by a constant, so it fits.
+        let mut bytes = vec![0u8; self.to.saturating_sub(at).min(PIECE_BYTES) as usize];
+        self.file.read_exact_at(&mut bytes, at).context(|| format!("cannot read log file '{}'", self.name))?;
+        let first_second = &mut self.first_second;
+        let walked = self.walker.feed(&bytes, |mark| {
+            if let Mark::Second { unix_seconds, .. } = mark {
+                first_second.get_or_insert(unix_seconds);
+            }
+        });
+        walked.map_err(|damage| damage.of(&self.name))?;
+        if self.walker.at() == self.to {
+            self.walker.finish().map_err(|damage| damage.of(&self.name))?;
+        }
+        Ok(bytes.into())
+    }
+
+    fn summary(&self) -> LogSummary {
+        let instant = |second: Option<i64>| second.and_then(|second| Timestamp::from_second(second).ok());
+        LogSummary {
+            first_commit_at: instant(self.first_second),
+            last_commit_at: instant(self.walker.last_second()),
+            last_commit: Some(Position::File { number: self.number, offset: self.walker.boundary() }),
+            named_points: Vec::new(),
+            transactions: Vec::new(),
+        }
+    }
+}

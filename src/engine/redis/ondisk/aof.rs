@@ -1,0 +1,315 @@
+//! Walks the commands of an append-only file, byte by byte as they come, and says where it may be cut.
+//!
+//! Commands are arrays of bulk strings: `*2\r\n$6\r\nSELECT\r\n$1\r\n0\r\n`. Between them stand annotations:
+//! `#TS:1795247841\r\n` before the first command of each new second, if `aof-timestamp-enabled` is on. A cut is only
+//! possible where a server could stop: between commands, and outside of MULTI ... EXEC, which also holds together what a
+//! script or a function has written. Source: `src/aof.c` of Redis 7.0 (loadSingleAppendOnlyFile, catAppendOnlyGenericCommand,
+//! genAofTimestampAnnotationIfNeeded).
+//!
+//! Values are counted, never kept: a command of any size takes the same few bytes of memory.
+
+use crate::error::{Error, Kind};
+
+/// The longest header line that is accepted: `*` or `$`, and a number. The servers read 128 bytes.
+const HEADER_LINE_BYTES_MAX: usize = 32;
+/// The longest annotation (`AOF_ANNOTATION_LINE_MAX_LEN`).
+const ANNOTATION_BYTES_MAX: usize = 1024;
+/// As much of a command's name as tells MULTI and EXEC from all others.
+const NAME_BYTES_KEPT: u64 = 8;
+const TIMESTAMP_PREFIX: &[u8] = b"#TS:";
+
+/// Something that was passed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mark {
+    /// An annotation of time stands here, between commands and outside of any transaction: all that follows was executed
+    /// in this second or later. Cutting at `at` leaves out everything from that second on.
+    Second { at: u64, unix_seconds: i64 },
+    /// A command, or a whole transaction, ends here.
+    Boundary { at: u64 },
+}
+
+/// What cannot be a part of an append-only file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AofDamage {
+    /// Bytes from the start of the file.
+    pub at: u64,
+    pub why: &'static str,
+}
+
+impl AofDamage {
+    /// The damage of a file, as an error.
+    pub fn of(&self, file: &str) -> Error {
+        Error::new(Kind::Damaged, format!("append-only file '{file}' is damaged at byte {}: {}", self.at, self.why))
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    /// Between commands.
+    Start,
+    /// Inside a line that began with `*`, `$` or `#`.
+    Line,
+    /// A bulk string's bytes; so many are left.
+    Value { left: u64 },
+    /// The line break after a bulk string.
+    ValueEnd { seen_cr: bool },
+    /// The next argument's header must follow.
+    Argument,
+}
+
+/// See the module.
+#[derive(Debug, Clone)]
+pub struct AofWalker {
+    at: u64,
+    state: State,
+    line: Vec<u8>,
+    line_began: u64,
+    arguments: u64,
+    arguments_left: u64,
+    name: Vec<u8>,
+    in_transaction: bool,
+    boundary: u64,
+    last_second: Option<i64>,
+    damage: Option<AofDamage>,
+}
+
+impl AofWalker {
+    /// A walker that begins at byte `at` of a file, which must be a boundary.
+    pub fn new(at: u64) -> AofWalker {
+        AofWalker {
+            at,
+            state: State::Start,
+            line: Vec::new(),
+            line_began: at,
+            arguments: 0,
+            arguments_left: 0,
+            name: Vec::new(),
+            in_transaction: false,
+            boundary: at,
+            last_second: None,
+            damage: None,
+        }
+    }
+
+    /// How far it has walked, in bytes from the start of the file.
+    pub fn at(&self) -> u64 {
+        self.at
+    }
+
+    /// The last place at which the file may be cut.
+    pub fn boundary(&self) -> u64 {
+        self.boundary
+    }
+
+    /// The second of the last annotation that was passed.
+    pub fn last_second(&self) -> Option<i64> {
+        self.last_second
+    }
+
+    /// Bytes that follow and need not be shown to the walker: the inside of a value. See [`AofWalker::skip`].
+    pub fn skippable(&self) -> u64 {
+        match self.state {
+            State::Value { left } if !self.wants_name() => left,
+            _ => 0,
+        }
+    }
+
+    /// Passes `bytes` of the file without looking at them, at most as many as are skippable.
+    pub fn skip(&mut self, bytes: u64) {
+        if let State::Value { left } = self.state {
+            let passed = bytes.min(left);
+            self.at += passed;
+            self.state = value_state(left - passed);
+        }
+    }
+
+    /// Walks over the next bytes. Damage is final: the walker stays where it met it.
+    pub fn feed(&mut self, mut bytes: &[u8], mut visit: impl FnMut(Mark)) -> Result<(), AofDamage> {
+        if let Some(damage) = &self.damage {
+            return Err(damage.clone());
+        }
+        while let Some(first) = bytes.first().copied() {
+            let outcome = match self.state {
+                State::Value { left } => Ok(self.value(bytes, left)),
+                State::ValueEnd { seen_cr } => self.value_end(first, seen_cr),
+                State::Start | State::Argument => self.begin_line(first),
+                State::Line => self.line(bytes, &mut visit),
+            };
+            match outcome {
+                // In bounds: every step passes at most what it was given.
+                Ok(passed) => {
+                    self.at += passed as u64;
+                    bytes = &bytes[passed..];
+                    if self.state == State::Start && !self.in_transaction && self.boundary < self.at {
+                        self.boundary = self.at;
+                        visit(Mark::Boundary { at: self.at });
+                    }
+                }
+                Err(why) => {
+                    let damage = AofDamage { at: self.at, why };
+                    self.damage = Some(damage.clone());
+                    return Err(damage);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// An error unless the file may end here.
+    pub fn finish(&self) -> Result<(), AofDamage> {
+        if let Some(damage) = &self.damage {
+            return Err(damage.clone());
+        }
+        match (self.boundary == self.at, self.in_transaction) {
+            (true, _) => Ok(()),
+            (false, true) => Err(AofDamage { at: self.boundary, why: "the transaction that begins here does not end" }),
+            (false, false) => Err(AofDamage { at: self.boundary, why: "the command that begins here is cut off" }),
+        }
+    }
+
+    fn wants_name(&self) -> bool {
+        self.arguments_left == self.arguments && (self.name.len() as u64) < NAME_BYTES_KEPT
+    }
+
+    fn value(&mut self, bytes: &[u8], left: u64) -> usize {
+        let passed = usize::try_from(left).unwrap_or(usize::MAX).min(bytes.len());
+        if self.wants_name() {
+            let room = (NAME_BYTES_KEPT as usize).saturating_sub(self.name.len());
+            self.name.extend_from_slice(&bytes[..passed.min(room)]);
+        }
+        self.state = value_state(left - passed as u64);
+        passed
+    }
+
+    fn value_end(&mut self, byte: u8, seen_cr: bool) -> Result<usize, &'static str> {
+        match (seen_cr, byte) {
+            (false, b'\r') => self.state = State::ValueEnd { seen_cr: true },
+            (true, b'\n') => {
+                self.arguments_left -= 1;
+                if self.arguments_left == 0 {
+                    self.end_command();
+                } else {
+                    self.state = State::Argument;
+                }
+            }
+            _ => return Err("a value is longer or shorter than its length says"),
+        }
+        Ok(1)
+    }
+
+    fn end_command(&mut self) {
+        self.state = State::Start;
+        // Neither has arguments; in a transaction a second MULTI is an error that the server does not write down.
+        if self.arguments == 1 && self.name.eq_ignore_ascii_case(b"MULTI") {
+            self.in_transaction = true;
+        } else if self.arguments == 1 && self.name.eq_ignore_ascii_case(b"EXEC") {
+            self.in_transaction = false;
+        }
+    }
+
+    fn begin_line(&mut self, first: u8) -> Result<usize, &'static str> {
+        match (self.state, first) {
+            (State::Start, b'*' | b'#') | (State::Argument, b'$') => {}
+            (State::Start, 0) => return Err("there are zeros where a command should begin"),
+            (State::Start, _) => return Err("no command begins here"),
+            _ => return Err("an argument of a command is missing"),
+        }
+        self.line_began = self.at;
+        self.line.clear();
+        self.line.push(first);
+        self.state = State::Line;
+        Ok(1)
+    }
+
+    fn line(&mut self, bytes: &[u8], visit: &mut impl FnMut(Mark)) -> Result<usize, &'static str> {
+        let is_annotation = self.line.first() == Some(&b'#');
+        let room = if is_annotation { ANNOTATION_BYTES_MAX } else { HEADER_LINE_BYTES_MAX } - self.line.len();
+        let window = &bytes[..bytes.len().min(room)];
+        let Some(end) = window.iter().position(|byte| *byte == b'\n') else {
+            self.line.extend_from_slice(window);
+            return if bytes.len() >= room { Err("a line is too long") } else { Ok(window.len()) };
+        };
+        self.line.extend_from_slice(&window[..end]);
+        if self.line.pop() != Some(b'\r') {
+            return Err("a line does not end in a line break of two bytes");
+        }
+        if is_annotation {
+            self.annotation(visit)?;
+        } else {
+            self.header()?;
+        }
+        Ok(end + 1)
+    }
+
+    fn annotation(&mut self, visit: &mut impl FnMut(Mark)) -> Result<(), &'static str> {
+        self.state = State::Start;
+        let Some(digits) = self.line.strip_prefix(TIMESTAMP_PREFIX) else { return Ok(()) };
+        let text = std::str::from_utf8(digits).map_err(|_| "an annotation of time is no number")?;
+        let unix_seconds = text.parse().map_err(|_| "an annotation of time is no number")?;
+        self.last_second = Some(unix_seconds);
+        if !self.in_transaction {
+            visit(Mark::Second { at: self.line_began, unix_seconds });
+        }
+        Ok(())
+    }
+
+    fn header(&mut self) -> Result<(), &'static str> {
+        let number = number(&self.line[1..]).ok_or("a length is no number")?;
+        if self.line[0] == b'*' {
+            // `argc < 1` is a format error to the servers too, and they keep it in an int.
+            if number == 0 || number > i32::MAX as u64 {
+                return Err("a command has an impossible number of arguments");
+            }
+            (self.arguments, self.arguments_left) = (number, number);
+            self.name.clear();
+            self.state = State::Argument;
+        } else {
+            if number > i64::MAX as u64 - self.at {
+                return Err("a value has an impossible length");
+            }
+            self.state = value_state(number);
+        }
+        Ok(())
+    }
+}
+
+fn value_state(left: u64) -> State {
+    if left == 0 { State::ValueEnd { seen_cr: false } } else { State::Value { left } }
+}
+
+/// A decimal number without sign; nothing else.
+fn number(digits: &[u8]) -> Option<u64> {
+    let is_number = !digits.is_empty() && digits.iter().all(u8::is_ascii_digit);
+    std::str::from_utf8(digits).ok().filter(|_| is_number)?.parse().ok()
+}
+
+/// Where to cut so that nothing from `before_unix_seconds` on stays: the place of the first annotation that says so.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SecondCut {
+    before_unix_seconds: i64,
+    found: Option<u64>,
+}
+
+impl SecondCut {
+    pub fn new(before_unix_seconds: i64) -> SecondCut {
+        SecondCut { before_unix_seconds, found: None }
+    }
+
+    /// To be called with every mark.
+    pub fn see(&mut self, mark: Mark) {
+        match mark {
+            Mark::Second { at, unix_seconds } if self.found.is_none() && unix_seconds >= self.before_unix_seconds => {
+                self.found = Some(at);
+            }
+            _ => {}
+        }
+    }
+
+    /// Bytes to keep, once it is known.
+    pub fn found(&self) -> Option<u64> {
+        self.found
+    }
+}
+
+#[cfg(test)]
+mod tests;

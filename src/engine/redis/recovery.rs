@@ -1,0 +1,497 @@
+//! Puts the append-only file of a clone together so that it ends exactly at the target, and lets a server load it.
+//!
+//! Nothing is aimed at: the server is given a manifest, a base and increments that contain what was ordered and nothing
+//! else, and loads all of it, with `aof-load-truncated no`, so that any damage is an error. The last increment is cut at a
+//! command, and never inside MULTI ... EXEC. When the target lies in an older increment, the later ones are left out.
+//!
+//! A target in time keeps everything that was executed before that second. The log counts in whole seconds, and an
+//! annotation stands before the first command of each: so a target of a whole second is exact, and one between seconds
+//! shows the second before it. Nothing that came later is ever in a clone.
+
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use jiff::Timestamp;
+use tokio_util::sync::CancellationToken;
+
+use crate::base::bulk::run_blocking;
+use crate::base::child::ChildCommand;
+use crate::base::durable::{sync_filesystem, write_file_durable};
+use crate::base::users::User;
+use crate::engine::redis::backup::{BASE_FACT, LOG_TIMES_FACT};
+use crate::engine::redis::clone::{Grounds, give_to, write_owned};
+use crate::engine::redis::geometry::file_name;
+use crate::engine::redis::ondisk::aof::{AofWalker, Mark};
+use crate::engine::redis::ondisk::manifest::{Manifest, ManifestPart, PartKind};
+use crate::engine::redis::server::stop_now;
+use crate::engine::redis::settings::{APPEND_DIR, APPEND_FILE, QUARANTINE_CONF_FILE, quarantine_conf};
+use crate::engine::{CloneSite, LogSource, Progress, Recovered};
+use crate::error::{Context, Error, Kind, Result};
+use crate::model::bytes_text::human_bytes;
+use crate::model::check::CheckItem;
+use crate::model::position::Position;
+use crate::model::target::{Target, utc_text};
+
+/// Files up to this size come as a whole: they are read ahead.
+const WHOLE_FILE_BYTES_MAX: u64 = 64 << 20;
+const PIECE_BYTES: usize = 8 << 20;
+
+/// Where the log of a clone ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum End {
+    /// All there is.
+    Open,
+    /// At this place, or at the last command that ends before it.
+    At { number: u64, offset: u64 },
+    /// Before the first annotation of this second or a later one.
+    BeforeSecond(i64),
+}
+
+/// What was put together.
+#[derive(Debug)]
+struct Assembled {
+    end: Position,
+    last_second: Option<i64>,
+    /// Bytes of all increments.
+    log_bytes: u64,
+    increments: u64,
+    base_bytes: u64,
+}
+
+pub(super) async fn recover(
+    grounds: &Grounds,
+    site: &CloneSite,
+    target: &Target,
+    logs: Arc<dyn LogSource>,
+    progress: Arc<dyn Progress>,
+    cancel: &CancellationToken,
+) -> Result<Recovered> {
+    let what = || format!("cannot recover clone '{}' to {target}", site.clone_name);
+    run(grounds, site, target, logs, progress, cancel).await.context(what)
+}
+
+async fn run(
+    grounds: &Grounds,
+    site: &CloneSite,
+    target: &Target,
+    logs: Arc<dyn LogSource>,
+    progress: Arc<dyn Progress>,
+    cancel: &CancellationToken,
+) -> Result<Recovered> {
+    let end = end_of(site, target)?;
+    stop_now(&site.data_dir).await?;
+    let mut assembly = Assembly::begin(site, &grounds.server.user).await?;
+    assembly.take_log(site, end, logs.as_ref(), progress.as_ref(), cancel).await?;
+    let assembled = assembly.finish(site, end).await?;
+    let mut verified = Vec::new();
+    verified.extend(check_by_tool(grounds, cancel).await?);
+    progress.note("the server loads the data".to_string());
+    start(grounds, site, &progress, cancel, &assembled, &mut verified).await?;
+    if let (Target::Time(time), End::BeforeSecond(second)) = (target, end)
+        && time.subsec_nanosecond() > 0
+    {
+        let shown = Timestamp::from_second(second).map_or_else(|_| second.to_string(), utc_text);
+        verified.push(CheckItem::pass("time", format!("the log counts in seconds: shown is {shown}")));
+    }
+    Ok(Recovered {
+        departed_at: assembled.end,
+        now_at: Position::File { number: 1, offset: assembled.log_bytes },
+        last_commit_at: assembled.last_second.and_then(|second| Timestamp::from_second(second).ok()),
+        verified,
+    })
+}
+
+/// What a target means for the log. Pure.
+fn end_of(site: &CloneSite, target: &Target) -> Result<End> {
+    let at = |position: Position| position.file().map(|(number, offset)| End::At { number, offset });
+    match target {
+        Target::Latest => Ok(End::Open),
+        Target::Backup(_) => at(site.backup_stop),
+        Target::Position(position) => at(*position),
+        Target::Time(_) if site.facts.get(LOG_TIMES_FACT).is_none_or(|value| value != "yes") => Err(no_times()),
+        Target::Time(time) => Ok(End::BeforeSecond(time.as_second())),
+        Target::Lsn(_) | Target::Name(_) => {
+            Err(Error::new(Kind::BadInput, "the log of Redis has neither such positions nor named points")
+                .hint("clone to a time, to the latest state or to a backup"))
+        }
+    }
+}
+
+/// Why a clone to a time is refused.
+pub(super) fn no_times() -> Error {
+    Error::new(Kind::Unsupported, "there are no times in the source's append-only file").hint(
+        "turn them on without a restart: 'redis-cli CONFIG SET aof-timestamp-enabled yes', and take a backup; until then \
+         clone to the latest state or to a backup",
+    )
+}
+
+/// The directory of the append-only file while it is put together.
+struct Assembly {
+    dir: PathBuf,
+    user: User,
+    base: ManifestPart,
+    base_bytes: u64,
+    increments: Vec<ManifestPart>,
+    end: Position,
+    last_second: Option<i64>,
+    log_bytes: u64,
+}
+
+impl Assembly {
+    /// Finds the base and removes everything else that an earlier attempt made.
+    async fn begin(site: &CloneSite, user: &User) -> Result<Assembly> {
+        let name = site.facts.get(BASE_FACT).cloned();
+        let name = name.ok_or_else(|| Error::new(Kind::Damaged, "the backup does not name its base"))?;
+        let (dir, user, start) = (site.data_dir.join(APPEND_DIR), user.clone(), site.backup_start);
+        run_blocking("assemble", move || {
+            let what = || format!("cannot look into '{}'", dir.display());
+            for entry in std::fs::read_dir(&dir).context(what)? {
+                let path = entry.context(what)?.path();
+                if path.file_name().is_none_or(|found| found != name.as_str()) {
+                    let removed =
+                        if path.is_dir() { std::fs::remove_dir_all(&path) } else { std::fs::remove_file(&path) };
+                    removed.context(|| format!("cannot remove '{}'", path.display()))?;
+                }
+            }
+            give_to(&user, &dir)?;
+            let base_bytes = std::fs::metadata(dir.join(&name)).context(what)?.len();
+            let base = part(name, 1, PartKind::Base);
+            Ok(Assembly {
+                dir,
+                user,
+                base,
+                base_bytes,
+                increments: vec![],
+                end: start,
+                last_second: None,
+                log_bytes: 0,
+            })
+        })
+        .await
+    }
+
+    /// Writes one increment after the other until the end is reached or there is no more.
+    async fn take_log(
+        &mut self,
+        site: &CloneSite,
+        end: End,
+        logs: &dyn LogSource,
+        progress: &dyn Progress,
+        cancel: &CancellationToken,
+    ) -> Result<()> {
+        let (mut number, _) = site.backup_start.file()?;
+        loop {
+            if matches!(end, End::At { number: last, offset } if (number, 0) > (last, 0) || (number, offset) == (last, 0))
+            {
+                return Ok(());
+            }
+            let name = file_name(number);
+            let Some(bytes) = logs.available(&name).await? else { return Ok(()) };
+            let is_cut = self.take_file(number, bytes, end, logs, progress, cancel).await?;
+            // What follows an unfinished file in the repository does not follow it in the log: something is missing.
+            if is_cut || !logs.is_sealed(&name).await? {
+                return Ok(());
+            }
+            number = number.saturating_add(1);
+            self.end = Position::File { number, offset: 0 };
+        }
+    }
+
+    /// Writes the increment of one log file. Returns whether the end lay in it.
+    async fn take_file(
+        &mut self,
+        number: u64,
+        bytes: u64,
+        end: End,
+        logs: &dyn LogSource,
+        progress: &dyn Progress,
+        cancel: &CancellationToken,
+    ) -> Result<bool> {
+        let sequence = self.increments.len() as u64 + 1;
+        let name = format!("{APPEND_FILE}.{sequence}.incr.aof");
+        let path = self.dir.join(&name);
+        let log_name = file_name(number);
+        let mut cut = Cut::new(number, end);
+        let mut file = {
+            let (path, user) = (path.clone(), self.user.clone());
+            run_blocking("make increment", move || make_file(&path, &user)).await?
+        };
+        let piece = if bytes <= WHOLE_FILE_BYTES_MAX { WHOLE_FILE_BYTES_MAX as usize } else { PIECE_BYTES };
+        let mut at = 0;
+        while at < bytes && !cut.is_found() {
+            if cancel.is_cancelled() {
+                return Err(Error::new(Kind::Cancelled, "it was cancelled"));
+            }
+            let content = logs.read(&log_name, at, piece).await?;
+            if content.is_empty() {
+                return Err(Error::new(
+                    Kind::Damaged,
+                    format!("log file '{log_name}' is shorter than it was said to be"),
+                ));
+            }
+            at += content.len() as u64;
+            cut.feed(&content).map_err(|damage| damage.of(&log_name))?;
+            let shown = path.clone();
+            file = run_blocking("write increment", move || {
+                file.write_all(&content).context(|| format!("cannot write '{}'", shown.display()))?;
+                Ok(file)
+            })
+            .await?;
+            progress.set(self.log_bytes + at, 0);
+        }
+        let kept = cut.kept(at).map_err(|damage| damage.of(&log_name))?;
+        let shown = path.clone();
+        run_blocking("cut increment", move || {
+            file.set_len(kept).context(|| format!("cannot cut '{}'", shown.display()))
+        })
+        .await?;
+        self.last_second = cut.last_second_kept(kept).or(self.last_second);
+        self.log_bytes += kept;
+        self.end = Position::File { number, offset: kept };
+        self.increments.push(part(name, sequence, PartKind::Increment));
+        Ok(cut.is_found())
+    }
+
+    /// Writes the manifest, last, and makes everything durable.
+    async fn finish(mut self, site: &CloneSite, end: End) -> Result<Assembled> {
+        if self.end < site.backup_stop {
+            return Err(Error::new(
+                Kind::Damaged,
+                format!("the log ends at {}, before the backup is whole at {}", self.end, site.backup_stop),
+            )
+            .hint("choose a later target or an older backup; 'keiki window' shows what can be reached"));
+        }
+        if let End::At { number, offset } = end {
+            let wanted = Position::File { number, offset };
+            if self.end.file()?.0 < number {
+                let message = format!("the log ends at {}, before {wanted}", self.end);
+                return Err(Error::new(Kind::Damaged, message).hint("'keiki window' shows what can be reached"));
+            }
+        }
+        if self.increments.is_empty() {
+            // A server without any increment would make one; with its own name it is the same file for all of us.
+            let name = format!("{APPEND_FILE}.1.incr.aof");
+            let (path, user) = (self.dir.join(&name), self.user.clone());
+            run_blocking("make increment", move || make_file(&path, &user).map(|_| ())).await?;
+            self.increments.push(part(name, 1, PartKind::Increment));
+        }
+        let increments = self.increments.len() as u64;
+        let manifest = Manifest { base: Some(self.base), increments: self.increments, history: Vec::new() };
+        let (dir, user) = (self.dir, self.user);
+        run_blocking("write manifest", move || {
+            let path = dir.join(format!("{APPEND_FILE}.manifest"));
+            write_file_durable(&path, manifest.render().as_bytes(), 0o600)?;
+            give_to(&user, &path)?;
+            sync_filesystem(&dir)
+        })
+        .await?;
+        Ok(Assembled {
+            end: self.end,
+            last_second: self.last_second,
+            log_bytes: self.log_bytes,
+            increments,
+            base_bytes: self.base_bytes,
+        })
+    }
+}
+
+fn part(name: String, sequence: u64, kind: PartKind) -> ManifestPart {
+    ManifestPart { name, sequence, kind, start_offset: None, end_offset: None }
+}
+
+fn make_file(path: &Path, user: &User) -> Result<File> {
+    let what = || format!("cannot make '{}'", path.display());
+    let mut options = OpenOptions::new();
+    let file = options.write(true).create(true).truncate(true).mode(0o600).custom_flags(libc::O_NOFOLLOW).open(path);
+    let file = file.context(what)?;
+    give_to(user, path)?;
+    Ok(file)
+}
+
+/// Finds out, while a log file passes by, how much of it is kept.
+struct Cut {
+    number: u64,
+    end: End,
+    walker: AofWalker,
+    /// Where to cut, as soon as that is certain.
+    found: Option<u64>,
+    /// The last boundary that is not behind a place that was ordered.
+    boundary: u64,
+    /// The last annotations: each second with its place. Two are enough, because a cut lies before the last.
+    seconds: [Option<(u64, i64)>; 2],
+}
+
+impl Cut {
+    fn new(number: u64, end: End) -> Cut {
+        Cut { number, end, walker: AofWalker::new(0), found: None, boundary: 0, seconds: [None, None] }
+    }
+
+    fn is_found(&self) -> bool {
+        self.found.is_some()
+    }
+
+    fn feed(&mut self, bytes: &[u8]) -> Result<(), crate::engine::redis::ondisk::aof::AofDamage> {
+        let (number, end) = (self.number, self.end);
+        let (found, boundary, seconds) = (&mut self.found, &mut self.boundary, &mut self.seconds);
+        self.walker.feed(bytes, |mark| match (mark, end) {
+            _ if found.is_some() => {}
+            (Mark::Second { at, unix_seconds }, End::BeforeSecond(limit)) if unix_seconds >= limit => *found = Some(at),
+            (Mark::Second { at, unix_seconds }, _) => {
+                seconds.rotate_left(1);
+                seconds[1] = Some((at, unix_seconds));
+            }
+            (Mark::Boundary { at }, End::At { number: last, offset }) if number == last => {
+                if at <= offset {
+                    *boundary = at;
+                }
+                if at >= offset {
+                    *found = Some(*boundary);
+                }
+            }
+            (Mark::Boundary { at }, _) => *boundary = at,
+        })
+    }
+
+    /// How many of the `read` bytes of the file are kept, once all of it has passed or the cut was found.
+    fn kept(&self, read: u64) -> Result<u64, crate::engine::redis::ondisk::aof::AofDamage> {
+        if let Some(found) = self.found {
+            return Ok(found);
+        }
+        self.walker.finish()?;
+        Ok(read)
+    }
+
+    /// The second of the last annotation in what is kept.
+    fn last_second_kept(&self, kept: u64) -> Option<i64> {
+        self.seconds.iter().rev().flatten().find(|(at, _)| *at < kept).map(|(_, second)| *second)
+    }
+}
+
+/// Has the product's own tool read everything, where it is installed.
+async fn check_by_tool(grounds: &Grounds, cancel: &CancellationToken) -> Result<Option<CheckItem>> {
+    let Some(tool) = grounds.server.programs.check_aof() else { return Ok(None) };
+    let manifest = grounds.server.data_dir.join(APPEND_DIR).join(format!("{APPEND_FILE}.manifest"));
+    let finished = ChildCommand::new(&tool).arg(&manifest).as_user(&grounds.server.user).run(cancel).await?;
+    if finished.status.success() {
+        return Ok(Some(CheckItem::pass("redis-check-aof", "found nothing wrong")));
+    }
+    let said = finished.last_words().unwrap_or_else(|| finished.ending());
+    Err(Error::new(Kind::Damaged, format!("redis-check-aof refuses the clone's append-only file: {said}"))
+        .hint("choose another backup or target; 'keiki backup list' shows backups"))
+}
+
+/// Starts the server in quarantine, waits until it has loaded everything and asks it what that was.
+async fn start(
+    grounds: &Grounds,
+    site: &CloneSite,
+    progress: &Arc<dyn Progress>,
+    cancel: &CancellationToken,
+    assembled: &Assembled,
+    verified: &mut Vec<CheckItem>,
+) -> Result<()> {
+    let conf = site.run_dir.join(QUARANTINE_CONF_FILE);
+    write_owned(&grounds.server.user, &conf, quarantine_conf(grounds.conf_input(site)).as_bytes())?;
+    let process = grounds.server.start(&conf)?;
+    let endpoint = grounds.server.endpoint();
+    let show = |done: u64, total: u64| progress.set(done, total);
+    let mut session = grounds.server.wait_until_loaded(process, &endpoint, cancel, show).await?;
+    let info = session.info(&["server", "persistence", "replication", "keyspace"]).await?;
+    let value = |key: &str| info.get(key).map_or("", String::as_str);
+    let logged: u64 = value("aof_current_size").parse().unwrap_or(0);
+    let wanted = assembled.base_bytes + assembled.log_bytes;
+    // It may be more by now: keys expire in the clone too, and their deletion is logged.
+    if value("role") != "master" || value("aof_enabled") != "1" || logged < wanted {
+        return Err(Error::new(
+            Kind::Server,
+            format!(
+                "the server did not load what it was given: role '{}', append-only file '{}', {logged} of {wanted} bytes",
+                value("role"),
+                value("aof_enabled")
+            ),
+        )
+        .hint(format!("the whole log is '{}'", grounds.server.log_file().display())));
+    }
+    verified.push(CheckItem::pass(
+        "loaded",
+        format!(
+            "a base of {} and {} of log in {} increments, to the byte",
+            human_bytes(assembled.base_bytes),
+            human_bytes(assembled.log_bytes),
+            assembled.increments
+        ),
+    ));
+    verified.push(CheckItem::pass("keys", keys_text(&info)));
+    Ok(())
+}
+
+/// `db0: 12, db3: 4` out of the lines of INFO keyspace: `db0:keys=12,expires=0,avg_ttl=0`.
+fn keys_text(info: &std::collections::BTreeMap<String, String>) -> String {
+    let rows = info.iter().filter(|(name, _)| name.strip_prefix("db").is_some_and(|n| n.parse::<u32>().is_ok()));
+    let rows = rows.filter_map(|(name, value)| {
+        let keys = value.strip_prefix("keys=")?.split(',').next()?;
+        Some(format!("{name}: {keys}"))
+    });
+    match rows.collect::<Vec<_>>().join(", ") {
+        empty if empty.is_empty() => "none".to_string(),
+        text => text,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LOG: &str = "#TS:100\r\n*1\r\n$1\r\nA\r\n#TS:102\r\n*1\r\n$5\r\nMULTI\r\n*1\r\n$1\r\nB\r\n*1\r\n$4\r\nEXEC\r\n*1\r\n$1\r\nC\r\n";
+
+    /// Bytes kept of [`LOG`] as file 7, and the second that they reach.
+    fn cut(end: End) -> (u64, Option<i64>, bool) {
+        let mut outcomes = Vec::new();
+        for piece in [1, 3, 1000] {
+            let mut cut = Cut::new(7, end);
+            LOG.as_bytes().chunks(piece).for_each(|part| cut.feed(part).unwrap());
+            let kept = cut.kept(LOG.len() as u64).unwrap();
+            outcomes.push((kept, cut.last_second_kept(kept), cut.is_found()));
+        }
+        assert!(outcomes.windows(2).all(|pair| pair[0] == pair[1]), "{outcomes:?}");
+        outcomes[0]
+    }
+
+    #[test]
+    fn a_time_keeps_what_was_executed_before_that_second() {
+        let second = LOG.find("#TS:102").unwrap() as u64;
+        assert_eq!(cut(End::BeforeSecond(100)), (0, None, true));
+        assert_eq!(cut(End::BeforeSecond(101)), (second, Some(100), true));
+        assert_eq!(cut(End::BeforeSecond(102)), (second, Some(100), true));
+        assert_eq!(cut(End::BeforeSecond(103)), (LOG.len() as u64, Some(102), false));
+        assert_eq!(cut(End::Open), (LOG.len() as u64, Some(102), false));
+    }
+
+    #[test]
+    fn a_position_inside_a_transaction_keeps_none_of_it() {
+        let (multi, exec_end) = (LOG.find("*1\r\n$5").unwrap() as u64, LOG.find("*1\r\n$1\r\nC").unwrap() as u64);
+        for offset in multi..exec_end {
+            assert_eq!(cut(End::At { number: 7, offset }).0, multi, "{offset}");
+        }
+        assert_eq!(cut(End::At { number: 7, offset: exec_end }).0, exec_end);
+        assert_eq!(cut(End::At { number: 7, offset: 1 << 40 }).0, LOG.len() as u64);
+        // The end lies in a later file: all of this one is kept.
+        assert_eq!(cut(End::At { number: 8, offset: 1 }), (LOG.len() as u64, Some(102), false));
+    }
+
+    #[test]
+    fn a_log_that_is_torn_is_refused() {
+        let mut cut = Cut::new(7, End::Open);
+        cut.feed(&LOG.as_bytes()[..LOG.len() - 3]).unwrap();
+        assert!(cut.kept(LOG.len() as u64 - 3).is_err());
+    }
+
+    #[test]
+    fn the_keys_of_every_database_are_told() {
+        let info = [("db0", "keys=12,expires=0,avg_ttl=0"), ("db11", "keys=4,expires=1"), ("dbx", "1")];
+        let info = info.iter().map(|(key, value)| (key.to_string(), value.to_string())).collect();
+        assert_eq!(keys_text(&info), "db0: 12, db11: 4");
+    }
+}

@@ -1,0 +1,298 @@
+//! A Redis server as processes and files: finding its program, starting it, seeing whether it runs, stopping it.
+//!
+//! Invariants: a server is started in a session of its own, so that it outlives the agent; starting has no time limit,
+//! because loading takes as long as it takes, but a server that died is noticed and its last log lines are quoted; a
+//! server is known by the directory that it works in (it changes into `dir`), never by a number that may be given again.
+
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::Signal;
+use tokio_util::sync::CancellationToken;
+
+use crate::base::child::{ChildCommand, Process, process_start_ticks};
+use crate::base::users::User;
+use crate::engine::redis::session::{Address, Endpoint, Session};
+use crate::engine::redis::settings::{LOG_FILE, SOCKET_FILE};
+use crate::engine::redis::source::major_of;
+use crate::error::{Context, Error, Kind, Result};
+
+const POLL: Duration = Duration::from_millis(20);
+/// How long a server that is told to stop may take before it is killed, if its data do not matter.
+const STOP_SECONDS: u64 = 20;
+const LOG_TAIL_BYTES: u64 = 16 << 10;
+/// The longest path of a unix socket (unix(7): sun_path has 108 bytes with the NUL).
+const SOCKET_PATH_BYTES_MAX: usize = 107;
+
+/// An installed server.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Programs {
+    pub server: PathBuf,
+    /// As the program calls itself: `7.0.15`.
+    pub version: String,
+}
+
+impl Programs {
+    /// Finds `redis-server`: in `wanted` and nowhere else if it is given, otherwise where distributions put it.
+    pub async fn find(wanted: Option<&Path>) -> Result<Programs> {
+        let candidates = match wanted {
+            Some(directory) => vec![directory.to_path_buf()],
+            None => ["/usr/bin", "/usr/local/bin", "/opt/redis/bin", "/usr/sbin"].map(PathBuf::from).to_vec(),
+        };
+        for directory in &candidates {
+            let server = directory.join("redis-server");
+            if server.is_file() {
+                return Programs::at(server).await;
+            }
+        }
+        let places: Vec<String> = candidates.iter().map(|path| format!("'{}'", path.display())).collect();
+        Err(Error::new(Kind::NotFound, format!("there is no 'redis-server' in {}", places.join(", ")))
+            .hint("install Redis on this host, or set 'bin_dir' under [clone] to the directory of its programs"))
+    }
+
+    async fn at(server: PathBuf) -> Result<Programs> {
+        let finished = ChildCommand::new(&server).arg("--version").run_checked(&CancellationToken::new()).await?;
+        let text = String::from_utf8_lossy(&finished.stdout).into_owned();
+        let version = version_of(&text).ok_or_else(|| {
+            Error::new(Kind::Server, format!("'{}' says '{}' about its version", server.display(), text.trim()))
+        })?;
+        Ok(Programs { server, version })
+    }
+
+    /// `redis-check-aof` beside the server, if it is installed.
+    pub fn check_aof(&self) -> Option<PathBuf> {
+        let path = self.server.with_file_name("redis-check-aof");
+        path.is_file().then_some(path)
+    }
+}
+
+/// `7.0.15` out of `Redis server v=7.0.15 sha=00000000:0 malloc=jemalloc-5.2.1 bits=64 build=...`.
+fn version_of(text: &str) -> Option<String> {
+    let word = text.split_whitespace().find_map(|word| word.strip_prefix("v="))?;
+    major_of(word).map(|_| word.to_string())
+}
+
+/// The server of one data directory. A description: nothing runs because of it.
+#[derive(Debug, Clone)]
+pub struct Server {
+    pub programs: Programs,
+    pub data_dir: PathBuf,
+    pub run_dir: PathBuf,
+    pub user: User,
+}
+
+impl Server {
+    pub fn log_file(&self) -> PathBuf {
+        self.run_dir.join(LOG_FILE)
+    }
+
+    /// Where the server is asked, without a password.
+    pub fn endpoint(&self) -> Endpoint {
+        Endpoint {
+            address: Address::Socket(self.run_dir.join(SOCKET_FILE)),
+            user: None,
+            password_file: None,
+            run_as: self.user.name.clone(),
+        }
+    }
+
+    /// Starts the server with this configuration file. Returns as soon as the process exists.
+    pub fn start(&self, conf: &Path) -> Result<Process> {
+        let what = || format!("cannot start Redis in '{}'", self.data_dir.display());
+        if let Some(process) = processes_in(&self.data_dir).first() {
+            return Err(Error::new(Kind::Conflict, format!("{}: process {} runs there already", what(), process.pid)));
+        }
+        let socket = self.run_dir.join(SOCKET_FILE);
+        if socket.as_os_str().len() > SOCKET_PATH_BYTES_MAX {
+            return Err(Error::new(
+                Kind::BadInput,
+                format!("{}: the path of its socket is too long: '{}'", what(), socket.display()),
+            )
+            .hint(format!("a unix socket's path has at most {SOCKET_PATH_BYTES_MAX} bytes: choose a shorter --dir")));
+        }
+        // Created by us and not by the server, because the directory may belong to root.
+        std::fs::OpenOptions::new()
+            .append(true)
+            .create(true)
+            .mode(0o600)
+            .custom_flags(libc::O_NOFOLLOW)
+            .open(self.log_file())
+            .context(|| format!("{}: cannot open '{}'", what(), self.log_file().display()))?;
+        let child = ChildCommand::new(&self.programs.server)
+            .arg(conf)
+            .current_dir(&self.data_dir)
+            .as_user(&self.user)
+            .output_to_file(self.log_file())
+            .spawn()
+            .context(what)?;
+        Ok(child.detach())
+    }
+
+    /// Waits until the server lets us in and has loaded its data. No limit in time: fails if the process dies, with the
+    /// last lines of its log, or when `cancel` fires. Tells `progress` bytes loaded and their total.
+    pub async fn wait_until_loaded(
+        &self,
+        process: Process,
+        endpoint: &Endpoint,
+        cancel: &CancellationToken,
+        progress: impl Fn(u64, u64),
+    ) -> Result<Session> {
+        loop {
+            match self.try_loaded(endpoint, &progress).await {
+                Ok(Some(session)) => return Ok(session),
+                Ok(None) => {}
+                Err(error) if error.kind() == Kind::Unreachable => {}
+                Err(error) => return Err(error),
+            }
+            self.require_alive(process)?;
+            pause(cancel).await?;
+        }
+    }
+
+    async fn try_loaded(&self, endpoint: &Endpoint, progress: &impl Fn(u64, u64)) -> Result<Option<Session>> {
+        // PING is refused while loading, so a session is only opened when it is over; INFO is not.
+        let mut session = Session::open_loading(endpoint).await?;
+        let info = session.info(&["persistence"]).await?;
+        let number = |key: &str| info.get(key).and_then(|text| text.parse().ok()).unwrap_or(0);
+        if info.get("loading").is_some_and(|value| value == "0") {
+            return Ok(Some(session));
+        }
+        progress(number("loading_loaded_bytes"), number("loading_total_bytes"));
+        Ok(None)
+    }
+
+    /// An error with the last lines of the log if the process is not there any more.
+    pub fn require_alive(&self, process: Process) -> Result<()> {
+        if process.is_alive() {
+            return Ok(());
+        }
+        let said = last_log_lines(&self.log_file());
+        Err(Error::new(Kind::Server, format!("Redis in '{}' stopped by itself: {said}", self.data_dir.display()))
+            .hint(format!("the whole log is '{}'", self.log_file().display())))
+    }
+
+    /// Stops the server so that its append-only file is written and synced, however long that takes; an error if it
+    /// died instead. Succeeds if none runs.
+    pub async fn stop_cleanly(&self, cancel: &CancellationToken) -> Result<()> {
+        let before = std::fs::metadata(self.log_file()).map_or(0, |metadata| metadata.len());
+        let running = processes_in(&self.data_dir);
+        let Some(process) = running.first() else { return Ok(()) };
+        process.signal(Signal::SIGTERM)?;
+        while running.iter().any(Process::is_alive) {
+            pause(cancel).await?;
+        }
+        if read_from(&self.log_file(), before).contains("ready to exit, bye bye") {
+            return Ok(());
+        }
+        let said = last_log_lines(&self.log_file());
+        Err(Error::new(Kind::Server, format!("Redis in '{}' did not stop cleanly: {said}", self.data_dir.display()))
+            .hint(format!("the whole log is '{}'", self.log_file().display())))
+    }
+}
+
+/// Sleeps for one poll, or fails because the work is to stop.
+pub async fn pause(cancel: &CancellationToken) -> Result<()> {
+    tokio::select! {
+        () = tokio::time::sleep(POLL) => Ok(()),
+        () = cancel.cancelled() => Err(Error::new(Kind::Cancelled, "cancelled while waiting for Redis")),
+    }
+}
+
+/// Stops whatever server works in this directory, at once: for a directory that is going to be thrown away or made again.
+pub async fn stop_now(data_dir: &Path) -> Result<()> {
+    let start = Instant::now();
+    let mut told: Vec<Process> = Vec::new();
+    loop {
+        let left = processes_in(data_dir);
+        if left.is_empty() {
+            return Ok(());
+        }
+        let is_late = start.elapsed() > Duration::from_secs(STOP_SECONDS);
+        for process in left {
+            if is_late || told.contains(&process) {
+                if is_late {
+                    process.signal(Signal::SIGKILL)?;
+                }
+            } else {
+                process.signal(Signal::SIGTERM)?;
+                told.push(process);
+            }
+        }
+        tokio::time::sleep(POLL).await;
+    }
+}
+
+/// The living servers in a directory, the oldest first; a child that saves or rewrites counts too.
+pub fn processes_in(data_dir: &Path) -> Vec<Process> {
+    let Ok(wanted) = std::fs::metadata(data_dir) else { return Vec::new() };
+    let works_here = |pid: u32| {
+        std::fs::metadata(format!("/proc/{pid}/cwd"))
+            .is_ok_and(|found| (found.dev(), found.ino()) == (wanted.dev(), wanted.ino()))
+    };
+    let mut found: Vec<Process> = std::fs::read_dir("/proc")
+        .into_iter()
+        .flatten()
+        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<u32>().ok())
+        .filter(|pid| works_here(*pid) && is_server_program(*pid))
+        .filter_map(|pid| Some(Process { pid, start_ticks: process_start_ticks(pid)? }))
+        .filter(Process::is_alive)
+        .collect();
+    found.sort_by_key(|process| (process.start_ticks, process.pid));
+    found
+}
+
+/// A shell in the directory is not a server. The program file may be called `redis-check-rdb`: it is one file with
+/// several names.
+fn is_server_program(pid: u32) -> bool {
+    let name = std::fs::read_link(format!("/proc/{pid}/exe")).ok();
+    let name = name.and_then(|path| path.file_name().map(|name| name.to_string_lossy().into_owned()));
+    name.is_some_and(|name| name.starts_with("redis-") || name.starts_with("valkey-"))
+}
+
+fn read_from(path: &Path, from: u64) -> String {
+    let read = || -> std::io::Result<Vec<u8>> {
+        let mut file = File::open(path)?;
+        file.seek(SeekFrom::Start(from))?;
+        let mut bytes = Vec::new();
+        file.take(LOG_TAIL_BYTES).read_to_end(&mut bytes)?;
+        Ok(bytes)
+    };
+    String::from_utf8_lossy(&read().unwrap_or_default()).into_owned()
+}
+
+/// The last lines of a server's log that say why it stopped, in one line.
+pub fn last_log_lines(path: &Path) -> String {
+    let length = std::fs::metadata(path).map_or(0, |metadata| metadata.len());
+    let text = read_from(path, length.saturating_sub(LOG_TAIL_BYTES));
+    let lines: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+    let shown = &lines[lines.len().saturating_sub(3)..];
+    if shown.is_empty() { String::from("its log is empty") } else { format!("its log says '{}'", shown.join(" / ")) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_version_is_read_as_the_program_prints_it() {
+        let text = "Redis server v=7.0.15 sha=00000000:0 malloc=jemalloc-5.2.1 bits=64 build=d81bff71cbb150e\n";
+        assert_eq!(version_of(text).as_deref(), Some("7.0.15"));
+        assert_eq!(version_of("Redis server v=x"), None);
+    }
+
+    #[tokio::test]
+    async fn programs_that_are_not_there_are_not_found_with_a_hint() {
+        let directory = tempfile::tempdir().unwrap();
+        let error = Programs::find(Some(directory.path())).await.unwrap_err();
+        assert_eq!(error.kind(), Kind::NotFound);
+        assert!(error.hint_text().unwrap().contains("bin_dir"), "{error:?}");
+    }
+
+    #[test]
+    fn a_test_that_works_in_a_directory_is_no_server_of_it() {
+        assert_eq!(processes_in(Path::new(".")), []);
+    }
+}

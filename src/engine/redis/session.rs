@@ -1,0 +1,368 @@
+//! One connection to a Redis or Valkey server on this host, and errors that a person understands.
+//!
+//! It speaks the second version of the protocol (RESP2) itself: a handful of short questions is all it asks, answers are
+//! limited in size, every call has a time limit, and no name is ever resolved. A session whose answer was not read to its
+//! end is broken and not used again. Source: Redis documentation, "Redis serialization protocol specification".
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader};
+
+use crate::base::bulk::run_blocking;
+use crate::base::users::{User, connect_unix_as};
+use crate::error::{Context, Error, Kind, Result};
+
+const CONNECT_SECONDS_MAX: u64 = 15;
+/// A server that runs a slow command for somebody answers nobody else meanwhile.
+const ANSWER_SECONDS_MAX: u64 = 60;
+/// The largest answer to one of our questions: `CONFIG GET *` and `INFO everything` are far below.
+const ANSWER_BYTES_MAX: usize = 8 << 20;
+const ANSWER_DEPTH_MAX: usize = 8;
+const LINE_BYTES_MAX: usize = 64 << 10;
+/// A password is a line of text.
+const PASSWORD_BYTES_MAX: u64 = 4096;
+
+/// Where a server listens on this host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Address {
+    Socket(PathBuf),
+    /// By number, without names.
+    Tcp(SocketAddr),
+}
+
+impl std::fmt::Display for Address {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Address::Socket(path) => write!(f, "{}", path.display()),
+            Address::Tcp(address) => write!(f, "{address}"),
+        }
+    }
+}
+
+/// Where to connect and as whom.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Endpoint {
+    pub address: Address,
+    /// A user of the server's access control list; nothing means its default user.
+    pub user: Option<String>,
+    /// A file with the password in its first line; nothing means that no password is given.
+    pub password_file: Option<PathBuf>,
+    /// Operating system user with whose rights a unix socket is connected.
+    pub run_as: String,
+}
+
+impl Endpoint {
+    /// A server on a loopback address.
+    pub fn loopback(port: u16, run_as: &str) -> Endpoint {
+        let address = SocketAddr::new(IpAddr::from([127, 0, 0, 1]), port);
+        Endpoint { address: Address::Tcp(address), user: None, password_file: None, run_as: run_as.to_string() }
+    }
+}
+
+/// An answer of the server.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Reply {
+    Nothing,
+    Text(Vec<u8>),
+    Number(i64),
+    List(Vec<Reply>),
+    Error(String),
+}
+
+impl Reply {
+    /// The bytes of a string.
+    pub fn bytes(self) -> Result<Vec<u8>> {
+        match self {
+            Reply::Text(bytes) => Ok(bytes),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// A string that must be text.
+    pub fn text(self) -> Result<String> {
+        String::from_utf8(self.bytes()?)
+            .map_err(|_| Error::new(Kind::Server, "the server answers with bytes, not text"))
+    }
+
+    pub fn number(self) -> Result<i64> {
+        match self {
+            Reply::Number(number) => Ok(number),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    pub fn list(self) -> Result<Vec<Reply>> {
+        match self {
+            Reply::List(list) => Ok(list),
+            other => Err(unexpected(&other)),
+        }
+    }
+}
+
+fn unexpected(reply: &Reply) -> Error {
+    let shown: String = format!("{reply:?}").chars().take(80).collect();
+    Error::new(Kind::Server, format!("the server gives an answer that was not expected: {shown}"))
+}
+
+trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
+
+/// An open connection.
+pub struct Session {
+    stream: BufReader<Box<dyn Stream>>,
+    /// A question was asked whose answer was not read to its end.
+    is_broken: bool,
+}
+
+impl Session {
+    /// Connects, logs in and makes sure that the server answers. `Unreachable` if nobody listens or it is loading,
+    /// `Forbidden` if the server does not let us in.
+    pub async fn open(endpoint: &Endpoint) -> Result<Session> {
+        let mut session = Session::open_loading(endpoint).await?;
+        let pong = session.ask(&["PING"]).await;
+        pong.context(|| format!("cannot connect to the server at '{}'", endpoint.address))?;
+        Ok(session)
+    }
+
+    /// Connects and logs in to a server that may still be loading its data: it then answers INFO and little else.
+    pub async fn open_loading(endpoint: &Endpoint) -> Result<Session> {
+        let what = || format!("cannot connect to the server at '{}'", endpoint.address);
+        let limit = Duration::from_secs(CONNECT_SECONDS_MAX);
+        match tokio::time::timeout(limit, Session::open_unlimited(endpoint)).await {
+            Ok(outcome) => outcome.context(what),
+            Err(_) => {
+                Err(Error::new(Kind::Unreachable, format!("{}: no answer in {CONNECT_SECONDS_MAX} seconds", what())))
+            }
+        }
+    }
+
+    async fn open_unlimited(endpoint: &Endpoint) -> Result<Session> {
+        let stream: Box<dyn Stream> = match &endpoint.address {
+            Address::Socket(path) => {
+                let (path, run_as) = (path.clone(), endpoint.run_as.clone());
+                let stream = run_blocking("connect", move || connect_unix_as(&User::by_name(&run_as)?, &path))
+                    .await
+                    .map_err(|error| match error.kind() {
+                        Kind::NotFound => error.with_kind(Kind::Unreachable).hint("is the server running?"),
+                        _ => error,
+                    })?;
+                stream.set_nonblocking(true).context(|| "cannot prepare the connection")?;
+                Box::new(tokio::net::UnixStream::from_std(stream).context(|| "cannot prepare the connection")?)
+            }
+            Address::Tcp(address) => {
+                let stream = tokio::net::TcpStream::connect(address).await;
+                Box::new(stream.context(|| "no connection").map_err(|error| error.hint("is the server running?"))?)
+            }
+        };
+        let mut session = Session { stream: BufReader::new(stream), is_broken: false };
+        session.log_in(endpoint).await?;
+        Ok(session)
+    }
+
+    async fn log_in(&mut self, endpoint: &Endpoint) -> Result<()> {
+        if let Some(path) = &endpoint.password_file {
+            let path = path.clone();
+            let password = run_blocking("password", move || read_password(&path)).await?;
+            match &endpoint.user {
+                Some(user) => self.ask(&["AUTH", user, &password]).await?,
+                None => self.ask(&["AUTH", &password]).await?,
+            };
+        }
+        Ok(())
+    }
+
+    /// Whether the connection cannot be used any more.
+    pub fn is_broken(&self) -> bool {
+        self.is_broken
+    }
+
+    /// Asks and waits for the answer. An error of the server is an error.
+    pub async fn ask(&mut self, words: &[&str]) -> Result<Reply> {
+        let words: Vec<&[u8]> = words.iter().map(|word| word.as_bytes()).collect();
+        match self.ask_bytes(&words).await? {
+            Reply::Error(message) => Err(server_error(&message)),
+            reply => Ok(reply),
+        }
+    }
+
+    /// Asks and waits for the answer, which may be an error of the server as a value.
+    pub async fn ask_bytes(&mut self, words: &[&[u8]]) -> Result<Reply> {
+        let mut request = format!("*{}\r\n", words.len()).into_bytes();
+        for word in words {
+            request.extend_from_slice(format!("${}\r\n", word.len()).as_bytes());
+            request.extend_from_slice(word);
+            request.extend_from_slice(b"\r\n");
+        }
+        self.is_broken = true;
+        let limit = Duration::from_secs(ANSWER_SECONDS_MAX);
+        let answer = tokio::time::timeout(limit, async {
+            self.stream.get_mut().write_all(&request).await.context(|| "cannot ask the server")?;
+            let mut left = ANSWER_BYTES_MAX;
+            read_reply(&mut self.stream, &mut left, ANSWER_DEPTH_MAX).await
+        });
+        let reply = answer.await.map_err(|_| {
+            Error::new(Kind::Unreachable, format!("the server did not answer in {ANSWER_SECONDS_MAX} seconds"))
+                .hint("is it busy with a slow command? 'redis-cli SLOWLOG GET' shows such commands")
+        })??;
+        self.is_broken = false;
+        Ok(reply)
+    }
+
+    /// The lines of `INFO`, all sections that are named, as key and value.
+    pub async fn info(&mut self, sections: &[&str]) -> Result<BTreeMap<String, String>> {
+        let mut words = vec!["INFO"];
+        words.extend(sections);
+        let text = String::from_utf8_lossy(&self.ask(&words).await?.bytes()?).into_owned();
+        Ok(text.lines().filter_map(|line| line.split_once(':')).map(|(k, v)| (k.into(), v.into())).collect())
+    }
+
+    /// The settings whose names match `pattern`. Values that are no text are left out.
+    pub async fn settings(&mut self, pattern: &str) -> Result<BTreeMap<String, String>> {
+        let mut list = self.ask(&["CONFIG", "GET", pattern]).await?.list()?.into_iter();
+        let mut settings = BTreeMap::new();
+        while let (Some(name), Some(value)) = (list.next(), list.next()) {
+            if let (Ok(name), Ok(value)) = (name.text(), value.text()) {
+                settings.insert(name, value);
+            }
+        }
+        Ok(settings)
+    }
+
+    /// The value of one setting; an error if the server does not know it.
+    pub async fn setting(&mut self, name: &str) -> Result<String> {
+        self.settings(name).await?.remove(name).ok_or_else(|| {
+            Error::new(Kind::Unsupported, format!("the server has no setting '{name}'"))
+                .hint("keiki works with Redis 7 and later and with Valkey")
+        })
+    }
+}
+
+/// What a server's error means.
+fn server_error(message: &str) -> Error {
+    let shown: String = message.chars().take(300).collect();
+    let code = message.split(' ').next().unwrap_or_default();
+    match code {
+        "NOAUTH" | "WRONGPASS" => Error::new(Kind::Forbidden, format!("the server does not let us in: {shown}"))
+            .hint("set 'password_file' of the instance, and 'user' if it is not the default user"),
+        "NOPERM" => Error::new(Kind::Forbidden, format!("the server refuses: {shown}"))
+            .hint("the agent's user needs: +info +config|get +bgrewriteaof +acl|list +module|list +time +ping"),
+        "LOADING" | "BUSY" | "MASTERDOWN" => Error::new(Kind::Unreachable, format!("the server is not ready: {shown}")),
+        _ => Error::new(Kind::Server, format!("the server says '{shown}'")),
+    }
+}
+
+fn read_password(path: &std::path::Path) -> Result<String> {
+    let what = || format!("cannot read password file '{}'", path.display());
+    let metadata = std::fs::metadata(path).context(what)?;
+    if metadata.len() > PASSWORD_BYTES_MAX {
+        return Err(Error::new(Kind::BadInput, format!("{}: it is too long for a password", what())));
+    }
+    let text = std::fs::read_to_string(path).context(what)?;
+    Ok(text.lines().next().unwrap_or_default().to_string())
+}
+
+/// Reads one answer of at most `left` bytes, in lists at most `depth` deep.
+async fn read_reply<R: AsyncRead + Unpin>(stream: &mut BufReader<R>, left: &mut usize, depth: usize) -> Result<Reply> {
+    let line = read_line(stream).await?;
+    let (first, rest) = line.split_first().ok_or_else(|| Error::new(Kind::Server, "the server sends an empty line"))?;
+    let text = String::from_utf8_lossy(rest);
+    let number = || text.parse::<i64>().map_err(|_| Error::new(Kind::Server, "the server sends a length that is none"));
+    match first {
+        b'+' => Ok(Reply::Text(rest.to_vec())),
+        b'-' => Ok(Reply::Error(text.into_owned())),
+        b':' => Ok(Reply::Number(number()?)),
+        b'$' | b'*' if number()? < 0 => Ok(Reply::Nothing),
+        b'$' => {
+            let length = take_room(number()?, left)?;
+            let mut bytes = vec![0; length + 2];
+            stream.read_exact(&mut bytes).await.context(|| "the server's answer is cut off")?;
+            bytes.truncate(length);
+            Ok(Reply::Text(bytes))
+        }
+        b'*' => {
+            // Each element is at least a line of four bytes.
+            let length = number()?;
+            take_room(length.saturating_mul(4), left)?;
+            if depth == 0 {
+                return Err(Error::new(Kind::Server, "the server's answer is nested too deep"));
+            }
+            let mut list = Vec::new();
+            for _ in 0..length {
+                list.push(Box::pin(read_reply(stream, left, depth - 1)).await?);
+            }
+            Ok(Reply::List(list))
+        }
+        _ => Err(Error::new(Kind::Server, "the answer is not in the protocol of Redis")
+            .hint("is it another kind of server, or one that wants TLS, on that port?")),
+    }
+}
+
+fn take_room(wanted: i64, left: &mut usize) -> Result<usize> {
+    let wanted = usize::try_from(wanted).unwrap_or(usize::MAX);
+    match left.checked_sub(wanted) {
+        Some(rest) => {
+            *left = rest;
+            Ok(wanted)
+        }
+        None => Err(Error::new(Kind::Server, format!("the server's answer is longer than {ANSWER_BYTES_MAX} bytes"))),
+    }
+}
+
+async fn read_line<R: AsyncRead + Unpin>(stream: &mut BufReader<R>) -> Result<Vec<u8>> {
+    let mut line = Vec::new();
+    loop {
+        let byte = stream.read_u8().await.context(|| "the server ended the connection")?;
+        match byte {
+            b'\n' if line.last() == Some(&b'\r') => {
+                line.pop();
+                return Ok(line);
+            }
+            _ if line.len() >= LINE_BYTES_MAX => {
+                return Err(Error::new(Kind::Server, "a line of the server's answer is too long"));
+            }
+            byte => line.push(byte),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    async fn read(bytes: &[u8]) -> Result<Reply> {
+        let mut left = 1000;
+        read_reply(&mut BufReader::new(bytes), &mut left, 3).await
+    }
+
+    #[tokio::test]
+    async fn answers_of_every_kind_are_read() {
+        let text = |text: &str| Reply::Text(text.as_bytes().to_vec());
+        assert_eq!(read(b"+OK\r\n").await.unwrap(), text("OK"));
+        assert_eq!(read(b"$4\r\na\r\nb\r\n").await.unwrap(), text("a\r\nb"));
+        assert_eq!(read(b"$-1\r\n").await.unwrap(), Reply::Nothing);
+        assert_eq!(
+            read(b"*2\r\n:7\r\n*0\r\n").await.unwrap(),
+            Reply::List(vec![Reply::Number(7), Reply::List(vec![])])
+        );
+        assert_eq!(read(b"-ERR no\r\n").await.unwrap(), Reply::Error("ERR no".into()));
+    }
+
+    #[tokio::test]
+    async fn hostile_answers_take_no_memory_and_end() {
+        for bytes in [
+            &b"$999999999999\r\n"[..],
+            b"*999999999\r\n",
+            b"*1\r\n*1\r\n*1\r\n*1\r\n*1\r\n",
+            b"HTTP/1.1 400 Bad Request\r\n",
+            b"$5\r\nab",
+            b"$x\r\n",
+            b"\r\n",
+        ] {
+            let error = read(bytes).await.unwrap_err();
+            assert!(matches!(error.kind(), Kind::Server | Kind::Unreachable), "{error:?}");
+        }
+    }
+}

@@ -1,0 +1,514 @@
+//! A running server as it describes itself: who it is, whether it logs everything, and what of its log is where.
+//!
+//! `observe` is one look. Its order is what makes it exact: the clock is read first, then it is waited until everything
+//! that the server had executed by then is in its file, then the manifest is read and new increments are linked (`hold`),
+//! and then the server is asked whether anything happened since the last look that it did not log.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use jiff::Timestamp;
+
+use crate::base::bulk::run_blocking;
+use crate::base::durable::write_file_durable;
+use crate::engine::ServerIdentity;
+use crate::engine::redis::hold::{HeldFile, Hold, LINK_ATTEMPTS};
+use crate::engine::redis::ondisk::aof::AofWalker;
+use crate::engine::redis::ondisk::manifest::Manifest;
+use crate::engine::redis::session::Session;
+use crate::engine::redis::{Inner, RedisSource};
+use crate::error::{Context, Error, Kind, Result};
+use crate::model::engine_kind::EngineKind;
+
+/// What a server without a system identifier is called in an identity: it has none that survives a restart (run_id) or
+/// a failover (master_replid). The inode of its data directory tells directories apart.
+pub const NO_SYSTEM_ID: &str = "-";
+/// The first version with an append-only file in parts.
+const MAJOR_MIN: u32 = 7;
+/// How long the server may keep commands in memory before it writes them: it postpones a write for two seconds while the
+/// disk is busy (`src/aof.c`, flushAppendOnlyFile), and then it writes all the same.
+const FLUSH_SECONDS_MAX: u64 = 5;
+const FLUSH_POLL: Duration = Duration::from_millis(5);
+
+/// By what could commands have been executed that are not in the append-only file, as far as the server counts it:
+/// turning it off and on, following another server, debugging. Two equal ones mean: nothing of that in between.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Fingerprint {
+    values: BTreeMap<String, String>,
+    commands_processed: u64,
+}
+
+/// What of INFO goes into a fingerprint. A command that was never called has no line.
+const FINGERPRINT_KEYS: [&str; 10] = [
+    "run_id",
+    "role",
+    "master_replid",
+    "aof_enabled",
+    "cmdstat_config|set",
+    "cmdstat_config|resetstat",
+    "cmdstat_replicaof",
+    "cmdstat_slaveof",
+    "cmdstat_debug",
+    "cmdstat_failover",
+];
+
+impl Fingerprint {
+    /// The fingerprint in the lines of INFO.
+    pub fn of(info: &BTreeMap<String, String>) -> Fingerprint {
+        let mut values = BTreeMap::new();
+        for key in FINGERPRINT_KEYS {
+            let value = info.get(key).map_or("", String::as_str);
+            // Of `calls=3,usec=17,...` only the count says something.
+            values.insert(key.to_string(), value.split(',').next().unwrap_or_default().to_string());
+        }
+        let commands = info.get("total_commands_processed").and_then(|text| text.parse().ok());
+        Fingerprint { values, commands_processed: commands.unwrap_or(0) }
+    }
+
+    /// Whether everything that was executed between this fingerprint and a later one was logged.
+    pub fn proves(&self, later: &Fingerprint) -> bool {
+        let is_logging = self.values.get("aof_enabled").is_some_and(|value| value == "1");
+        let is_known = self.values.get("run_id").is_some_and(|value| !value.is_empty());
+        // Counters that were set back could hide what they counted.
+        is_logging && is_known && self.values == later.values && self.commands_processed <= later.commands_processed
+    }
+
+    fn render(&self) -> String {
+        let lines: String = self.values.iter().map(|(key, value)| format!("{key} {value}\n")).collect();
+        format!("{lines}commands {}\n", self.commands_processed)
+    }
+
+    fn parse(text: &str) -> Fingerprint {
+        let mut fingerprint = Fingerprint::default();
+        for (key, value) in text.lines().filter_map(|line| line.split_once(' ')) {
+            if key == "commands" {
+                fingerprint.commands_processed = value.parse().unwrap_or(u64::MAX);
+            } else {
+                fingerprint.values.insert(key.to_string(), value.to_string());
+            }
+        }
+        fingerprint
+    }
+}
+
+/// What is kept between looks.
+#[derive(Default)]
+pub struct Kept {
+    session: Option<Session>,
+    hold: Option<Hold>,
+    /// From before the manifest of the last look was read.
+    fingerprint: Option<Fingerprint>,
+    walks: BTreeMap<u64, Walk>,
+}
+
+/// How far a file of the log was walked through. Bytes behind the boundary may still change: after a crash the server
+/// cuts off a command that it did not write to its end.
+#[derive(Debug, Clone, Copy, Default)]
+struct Walk {
+    boundary: u64,
+    /// What was synced to the disk, or found there when the file was last read.
+    durable_bytes: u64,
+}
+
+/// One file of the log as it is now.
+#[derive(Debug, Clone)]
+pub struct SeenFile {
+    pub held: HeldFile,
+    /// Up to the last place where it may be cut, of what is durable.
+    pub readable_bytes: u64,
+    /// Another file follows it.
+    pub finished: bool,
+}
+
+/// One look at the log.
+#[derive(Debug, Clone)]
+pub struct Observation {
+    /// Everything that was executed before is in the files.
+    pub observed_at: Timestamp,
+    pub files: Vec<SeenFile>,
+    pub manifest: Manifest,
+    pub append_dir: PathBuf,
+    pub info: BTreeMap<String, String>,
+    /// `aof-timestamp-enabled`.
+    pub writes_times: bool,
+}
+
+impl Inner {
+    /// Asks the server who it is.
+    pub(super) async fn ask_identity(&self) -> Result<ServerIdentity> {
+        let mut kept = self.kept.lock().await;
+        let outcome = identify(&self.source, kept.session(&self.source).await?).await;
+        kept.after(outcome).context(|| format!("cannot identify instance '{}'", self.source.name))
+    }
+
+    /// Asks something in a session that was proved to be with this server.
+    pub(super) async fn with_session<T>(&self, ask: impl AsyncFnOnce(&mut Session) -> Result<T>) -> Result<T> {
+        let mut kept = self.kept.lock().await;
+        let session = kept.session(&self.source).await?;
+        let outcome = ask(session).await;
+        kept.after(outcome)
+    }
+
+    /// One look at the log: see the module.
+    pub(super) async fn observe(&self) -> Result<Observation> {
+        let mut kept = self.kept.lock().await;
+        let outcome = observe(&self.source, &mut kept).await;
+        kept.after(outcome)
+    }
+
+    /// Where this server's increments are held, without a look at them.
+    pub(super) async fn find_hold(&self) -> Result<Hold> {
+        let settings = self.with_session(async |session| session.settings("append*").await).await?;
+        Ok(hold_of(&self.source, &settings))
+    }
+
+    /// The held files, as far as they are known; nothing before the first look.
+    pub(super) async fn hold(&self) -> Option<Hold> {
+        self.kept.lock().await.hold.clone()
+    }
+}
+
+impl Kept {
+    async fn session(&mut self, source: &RedisSource) -> Result<&mut Session> {
+        let open = match self.session.take().filter(|session| !session.is_broken()) {
+            Some(session) => session,
+            None => {
+                let mut session = Session::open(&source.endpoint).await?;
+                prove(source, &mut session).await?;
+                session
+            }
+        };
+        Ok(self.session.insert(open))
+    }
+
+    /// Gives up a session after anything but a plain refusal.
+    fn after<T>(&mut self, outcome: Result<T>) -> Result<T> {
+        if outcome.is_err() {
+            self.session = None;
+        }
+        outcome
+    }
+}
+
+/// Makes sure that the server at the endpoint is the one that works in the data directory.
+async fn prove(source: &RedisSource, session: &mut Session) -> Result<()> {
+    let dir = PathBuf::from(session.setting("dir").await?);
+    let (wanted, found) = (source.data_dir.clone(), dir.clone());
+    let is_same = run_blocking("data directory", move || {
+        let what = || format!("cannot look at data directory '{}'", wanted.display());
+        let wanted = std::fs::metadata(&wanted).context(what)?;
+        Ok(std::fs::metadata(&found).is_ok_and(|found| (found.dev(), found.ino()) == (wanted.dev(), wanted.ino())))
+    })
+    .await?;
+    if is_same {
+        return Ok(());
+    }
+    Err(Error::new(
+        Kind::Conflict,
+        format!(
+            "the server at '{}' works in '{}' and not in '{}'",
+            source.endpoint.address,
+            dir.display(),
+            source.data_dir.display()
+        ),
+    )
+    .hint("correct 'data_dir', 'socket' or 'port' of the instance so that they name one server"))
+}
+
+async fn identify(source: &RedisSource, session: &mut Session) -> Result<ServerIdentity> {
+    let info = session.info(&["server"]).await?;
+    let (engine, version) = product_of(&info)?;
+    if engine != source.engine {
+        return Err(Error::new(Kind::Conflict, format!("the server is {} {version}", engine.name()))
+            .hint(format!("write engine = \"{}\" for this instance", engine.name())));
+    }
+    require_version(&version)?;
+    let data_dir = source.data_dir.clone();
+    run_blocking("identify", move || {
+        let what = || format!("cannot look at data directory '{}'", data_dir.display());
+        let canonical = std::fs::canonicalize(&data_dir).context(what)?;
+        let metadata = std::fs::metadata(&canonical).context(what)?;
+        let data_dir_inode = (metadata.dev(), metadata.ino());
+        Ok(ServerIdentity { engine, version, system_id: NO_SYSTEM_ID.into(), data_dir: canonical, data_dir_inode })
+    })
+    .await
+}
+
+/// Product and version in the lines of INFO. Valkey says both `redis_version`, for old clients, and its own.
+pub fn product_of(info: &BTreeMap<String, String>) -> Result<(EngineKind, String)> {
+    let value = |key: &str| info.get(key).filter(|text| !text.is_empty()).cloned();
+    if let Some(version) = value("valkey_version") {
+        return Err(Error::new(Kind::Unsupported, format!("the server is Valkey {version}"))
+            .hint("this version of keiki works with Redis 7 and later"));
+    }
+    let version = value("redis_version");
+    let version = version.ok_or_else(|| Error::new(Kind::Server, "the server does not say its version"))?;
+    Ok((EngineKind::Redis, version))
+}
+
+/// 7 of `7.0.15`.
+pub fn major_of(version: &str) -> Option<u32> {
+    version.split('.').next()?.parse().ok()
+}
+
+fn require_version(version: &str) -> Result<()> {
+    match major_of(version) {
+        Some(major) if major >= MAJOR_MIN => Ok(()),
+        _ => Err(Error::new(Kind::Unsupported, format!("the server is Redis {version}"))
+            .hint("keiki works with Redis 7 and later, whose append-only file is in parts")),
+    }
+}
+
+async fn observe(source: &RedisSource, kept: &mut Kept) -> Result<Observation> {
+    let session = kept.session(source).await?;
+    let observed_at = server_time(session).await?;
+    let info = flushed_info(session).await?;
+    require_logging(source, &info)?;
+    let settings = session.settings("a*").await?;
+    let writes_times = settings.get("aof-timestamp-enabled").is_some_and(|value| value == "yes");
+    let hold = hold_of(source, &settings);
+    kept.hold = Some(hold.clone());
+    let fingerprint = Fingerprint::of(&info);
+    if kept.fingerprint.is_none() {
+        let path = fingerprint_path(&hold);
+        kept.fingerprint = run_blocking("read fingerprint", move || Ok(std::fs::read_to_string(path).ok()))
+            .await?
+            .map(|text| Fingerprint::parse(&text));
+    }
+    let (manifest, held) = hold_new(kept, source, &hold, observed_at).await?;
+    keep_fingerprint(kept, &hold, fingerprint).await?;
+    let mut walks = std::mem::take(&mut kept.walks);
+    let (files, walks) = run_blocking("walk the log", move || {
+        let files = walk_all(held, &mut walks)?;
+        Ok((files, walks))
+    })
+    .await?;
+    kept.walks = walks;
+    Ok(Observation { observed_at, files, manifest, append_dir: hold.append_dir().to_path_buf(), info, writes_times })
+}
+
+fn hold_of(source: &RedisSource, settings: &BTreeMap<String, String>) -> Hold {
+    let setting = |name: &str| settings.get(name).map_or("", String::as_str);
+    Hold::new(source.data_dir.join(setting("appenddirname")), setting("appendfilename"))
+}
+
+async fn server_time(session: &mut Session) -> Result<Timestamp> {
+    let mut parts = session.ask(&["TIME"]).await?.list()?.into_iter();
+    let mut next = || -> Result<i64> {
+        let text = parts.next().unwrap_or(crate::engine::redis::session::Reply::Nothing).text()?;
+        text.parse().map_err(|_| Error::new(Kind::Server, format!("the server says '{text}' is a time")))
+    };
+    let (seconds, micros) = (next()?, next()?);
+    Timestamp::from_microsecond(seconds.saturating_mul(1_000_000).saturating_add(micros))
+        .map_err(|_| Error::new(Kind::Server, format!("the server's clock says second {seconds}")))
+}
+
+/// INFO, as soon as everything that was executed before the call is in the append-only file.
+async fn flushed_info(session: &mut Session) -> Result<BTreeMap<String, String>> {
+    let number = |info: &BTreeMap<String, String>, key: &str| -> u64 {
+        info.get(key).and_then(|text| text.parse().ok()).unwrap_or(0)
+    };
+    let sections = ["server", "persistence", "replication", "stats", "commandstats", "cluster", "memory"];
+    let mut info = session.info(&sections).await?;
+    let wanted = number(&info, "aof_current_size") + number(&info, "aof_buffer_length");
+    let began = std::time::Instant::now();
+    while number(&info, "aof_buffer_length") > 0 && number(&info, "aof_current_size") < wanted {
+        if began.elapsed() > Duration::from_secs(FLUSH_SECONDS_MAX) {
+            return Err(Error::new(
+                Kind::Unreachable,
+                format!("the server has not written its append-only file for {FLUSH_SECONDS_MAX} seconds"),
+            )
+            .hint("is its disk full or very slow? 'redis-cli INFO persistence' shows aof_last_write_status"));
+        }
+        tokio::time::sleep(FLUSH_POLL).await;
+        info = session.info(&sections).await?;
+    }
+    Ok(info)
+}
+
+fn require_logging(source: &RedisSource, info: &BTreeMap<String, String>) -> Result<()> {
+    let value = |key: &str| info.get(key).map_or("", String::as_str);
+    let name = &source.name;
+    if value("loading") == "1" {
+        return Err(Error::new(Kind::Unreachable, format!("instance '{name}' is loading its data")));
+    }
+    if value("role") != "master" {
+        return Err(Error::new(Kind::Unsupported, format!("instance '{name}' is a replica"))
+            .hint("configure keiki on the host of its primary; a replica becomes a source after it was promoted"));
+    }
+    if value("aof_enabled") != "1" {
+        return Err(
+            Error::new(Kind::Server, format!("instance '{name}' has no append-only file")).hint(APPEND_ONLY_HINT)
+        );
+    }
+    if value("aof_last_write_status") == "err" {
+        return Err(Error::new(Kind::Server, format!("instance '{name}' cannot write its append-only file"))
+            .hint("is the disk full? the server's log says more"));
+    }
+    Ok(())
+}
+
+/// How the append-only file is turned on.
+pub const APPEND_ONLY_HINT: &str =
+    "turn it on without a restart: 'redis-cli CONFIG SET appendonly yes', then 'redis-cli CONFIG REWRITE' to keep it";
+
+/// Links what is new. Returns the manifest and all held files.
+async fn hold_new(
+    kept: &mut Kept,
+    source: &RedisSource,
+    hold: &Hold,
+    observed_at: Timestamp,
+) -> Result<(Manifest, Vec<HeldFile>)> {
+    let unix_seconds = u64::try_from(observed_at.as_second()).unwrap_or(0);
+    for _ in 0..LINK_ATTEMPTS {
+        let looking = hold.clone();
+        let seen = run_blocking("look at the log", move || looking.look()).await?;
+        let mut proved = false;
+        if seen.needs_proof() {
+            let earlier = kept.fingerprint.clone();
+            let info =
+                kept.session(source).await?.info(&["server", "persistence", "replication", "stats", "commandstats"]);
+            let now = Fingerprint::of(&info.await?);
+            proved = earlier.is_some_and(|earlier| earlier.proves(&now));
+            if !proved {
+                tracing::warn!(
+                    "instance '{}': the append-only file was rewritten while nobody looked, and nothing proves that all \
+                     commands are in it: the archive has a hole here until the next backup",
+                    source.name
+                );
+            }
+        }
+        let (linking, limit) = (hold.clone(), source.hold_limit_bytes);
+        let linked = run_blocking("hold the log", move || {
+            let Some(held) = linking.link(&seen, proved, unix_seconds)? else { return Ok(None) };
+            match linking.enforce_limit(limit)? {
+                0 => Ok(Some((seen.manifest, held))),
+                _ => Ok(Some((seen.manifest, linking.held()?))),
+            }
+        })
+        .await?;
+        if let Some(found) = linked {
+            return Ok(found);
+        }
+    }
+    Err(Error::new(Kind::Unreachable, "the append-only file is rewritten faster than it can be looked at"))
+}
+
+fn fingerprint_path(hold: &Hold) -> PathBuf {
+    hold.held_dir().join("fingerprint")
+}
+
+async fn keep_fingerprint(kept: &mut Kept, hold: &Hold, fingerprint: Fingerprint) -> Result<()> {
+    let changed = kept.fingerprint.as_ref().map(|old| &old.values) != Some(&fingerprint.values);
+    kept.fingerprint = Some(fingerprint.clone());
+    if !changed {
+        return Ok(());
+    }
+    let path = fingerprint_path(hold);
+    run_blocking("keep fingerprint", move || write_file_durable(&path, fingerprint.render().as_bytes(), 0o600)).await
+}
+
+/// Makes what there is durable and finds the last place in each file where it may be cut. Blocking.
+fn walk_all(held: Vec<HeldFile>, walks: &mut BTreeMap<u64, Walk>) -> Result<Vec<SeenFile>> {
+    walks.retain(|number, _| held.iter().any(|file| file.number == *number));
+    let count = held.len();
+    let mut files = Vec::with_capacity(count);
+    for (index, held) in held.into_iter().enumerate() {
+        let walk = walks.entry(held.number).or_default();
+        walk_on(&held.path, walk)?;
+        files.push(SeenFile { readable_bytes: walk.boundary, finished: index + 1 < count, held });
+    }
+    Ok(files)
+}
+
+fn walk_on(path: &Path, walk: &mut Walk) -> Result<()> {
+    let what = || format!("cannot read '{}'", path.display());
+    let file = File::open(path).context(what)?;
+    let bytes = file.metadata().context(what)?.len();
+    if bytes < walk.boundary {
+        return Err(Error::new(
+            Kind::Conflict,
+            format!("'{}' was cut to {bytes} bytes, but {} were complete before", path.display(), walk.boundary),
+        )
+        .hint("was the append-only file repaired with redis-check-aof? Then a new life of the instance begins"));
+    }
+    if bytes == walk.durable_bytes && walk.durable_bytes > 0 {
+        return Ok(());
+    }
+    // The server syncs once a second or never: what is archived must not be lost again by the source.
+    file.sync_data().context(|| format!("cannot sync '{}'", path.display()))?;
+    let mut walker = AofWalker::new(walk.boundary);
+    walk_file(&file, &mut walker, bytes, path)?;
+    (walk.boundary, walk.durable_bytes) = (walker.boundary(), bytes);
+    Ok(())
+}
+
+/// Walks a file up to byte `to`, without reading the inside of long values. Blocking.
+fn walk_file(file: &File, walker: &mut AofWalker, to: u64, path: &Path) -> Result<()> {
+    use std::os::unix::fs::FileExt;
+    let mut piece = vec![0u8; 256 << 10];
+    while walker.at() < to {
+        let left = to - walker.at();
+        if walker.skippable() > piece.len() as u64 {
+            walker.skip(walker.skippable().min(left));
+            continue;
+        }
+        let length = usize::try_from(left).unwrap_or(usize::MAX).min(piece.len());
+        let read =
+            file.read_at(&mut piece[..length], walker.at()).context(|| format!("cannot read '{}'", path.display()))?;
+        if read == 0 {
+            break;
+        }
+        walker.feed(&piece[..read], |_| {}).map_err(|damage| damage.of(&path.display().to_string()))?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn info(lines: &[(&str, &str)]) -> BTreeMap<String, String> {
+        lines.iter().map(|(key, value)| (key.to_string(), value.to_string())).collect()
+    }
+
+    #[test]
+    fn only_a_server_that_changed_nothing_about_its_log_proves_that_the_log_is_whole() {
+        let base = [("run_id", "a"), ("role", "master"), ("aof_enabled", "1"), ("total_commands_processed", "5")];
+        let earlier = Fingerprint::of(&info(&base));
+        let later = |key, value| Fingerprint::of(&info(&[&base[..], &[(key, value)]].concat()));
+        assert!(earlier.proves(&later("total_commands_processed", "9")));
+        assert!(earlier.proves(&later("cmdstat_get", "calls=9,usec=3")));
+        assert!(!earlier.proves(&later("cmdstat_config|set", "calls=2,usec=3")));
+        assert!(!earlier.proves(&later("run_id", "b")));
+        assert!(!earlier.proves(&later("role", "slave")));
+        assert!(!earlier.proves(&later("total_commands_processed", "4")));
+        assert!(!later("aof_enabled", "0").proves(&later("aof_enabled", "0")));
+        assert!(!Fingerprint::default().proves(&Fingerprint::default()));
+        assert_eq!(
+            Fingerprint::parse(&later("cmdstat_config|set", "calls=2,usec=3").render()).values["cmdstat_config|set"],
+            "calls=2"
+        );
+        assert_eq!(Fingerprint::parse(&earlier.render()), earlier);
+    }
+
+    #[test]
+    fn a_file_is_readable_up_to_its_last_whole_transaction_and_further_when_that_grew() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("f");
+        let (whole, open) = ("*1\r\n$4\r\nPING\r\n", "*1\r\n$5\r\nMULTI\r\n*1\r\n$4\r\nPI");
+        let mut walk = Walk::default();
+        std::fs::write(&path, format!("{whole}{open}")).unwrap();
+        walk_on(&path, &mut walk).unwrap();
+        assert_eq!(walk.boundary, whole.len() as u64);
+        // After a crash the server cuts the torn end off and writes something else there.
+        std::fs::write(&path, format!("{whole}{whole}")).unwrap();
+        walk_on(&path, &mut walk).unwrap();
+        assert_eq!(walk.boundary, 2 * whole.len() as u64);
+        std::fs::write(&path, whole).unwrap();
+        assert_eq!(walk_on(&path, &mut walk).unwrap_err().kind(), Kind::Conflict);
+    }
+}
