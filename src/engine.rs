@@ -215,8 +215,9 @@ pub trait Engine: Send + Sync {
 /// The engine as a grower of clones on this host. No source is needed: everything comes from the backup.
 #[async_trait]
 pub trait CloneEngine: Send + Sync {
-    /// What this host lacks to run such a clone: programs, versions, extensions, memory, users, collations.
-    async fn check_target(&self, site: &CloneSite) -> Result<Vec<CheckItem>>;
+    /// What this host lacks to run such a clone: programs, versions, extensions, memory, users, collations. And what
+    /// the backup lacks for such a target.
+    async fn check_target(&self, site: &CloneSite, target: &Target) -> Result<Vec<CheckItem>>;
 
     /// Where a file of the backup goes in the clone, relative to the data directory; `None` leaves it out. Pure.
     fn place(&self, site: &CloneSite, meta: &FileMeta) -> Result<Option<FileMeta>>;

@@ -169,6 +169,9 @@ impl Archiver {
 
     /// Whether the repository has all of the log between two positions, by what this run knows. Asks nobody.
     pub async fn has_log(&self, from: Position, to: Position) -> Result<bool> {
+        if from == to {
+            return Ok(true);
+        }
         let stretches = contiguous(self.writer.catalogue(), self.geometry.as_ref())?;
         Ok(stretches.iter().any(|stretch| stretch.from <= from && to <= stretch.to))
     }

@@ -7,6 +7,7 @@ use jiff::Timestamp;
 
 use crate::engine::{LogGeometry, log_geometry};
 use crate::error::Result;
+use crate::model::backup::Backup;
 use crate::model::incarnation::{Incarnation, Lease};
 use crate::model::position::Position;
 use crate::model::window::{Hole, Window};
@@ -73,10 +74,24 @@ pub async fn window_of(repo: &Arc<Repository>, incarnation: &Incarnation) -> Res
     for stretch in contiguous(&catalogue, geometry.as_ref())? {
         ranges.push(range_of(&catalogue, &stretch, lease.as_ref()).await?);
     }
+    add_backups_without_log(&backups, &mut ranges, lease.as_ref());
     let mut window = window(&backups, &ranges);
     let covered = lease.and_then(|lease| lease.covered);
     window.holes.extend(ranges.last().zip(covered).and_then(|(last, covered)| lost_tail(last, covered)));
     Ok(window)
+}
+
+/// A backup that needs no log is reachable before there is any: nothing has been written since.
+fn add_backups_without_log(backups: &[Backup], ranges: &mut Vec<LogRange>, lease: Option<&Lease>) {
+    let covered = lease.and_then(|lease| lease.covered);
+    for Backup { start, stop, .. } in backups.iter().filter(|backup| backup.start == backup.stop) {
+        if ranges.iter().all(|range| *start < range.from || range.to < *stop) {
+            let covered_until = covered.filter(|(position, _)| position == stop).map(|(_, observed_at)| observed_at);
+            let (from, to) = (*start, *stop);
+            ranges.push(LogRange { from, to, first_commit_at: None, last_commit_at: None, covered_until });
+        }
+    }
+    ranges.sort_by_key(|range| range.from);
 }
 
 /// Log that was in the repository once and is not there any more, at its end, where no later log shows the hole.

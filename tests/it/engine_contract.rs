@@ -25,7 +25,7 @@ use crate::support::postgres::Version;
 mod fake;
 mod postgres;
 mod promises;
-mod redis;
+pub mod redis;
 
 /// A source under test and the grower of its clones.
 pub trait Subject: Send + Sync {

@@ -14,6 +14,7 @@ mod postgres_backup;
 mod postgres_clone;
 mod postgres_source;
 mod story_slot;
+mod redis_source;
 mod store_contract;
 mod story_redis;
 mod story_postgres;

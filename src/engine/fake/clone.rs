@@ -26,7 +26,7 @@ pub struct FakeCloneEngine;
 
 #[async_trait]
 impl CloneEngine for FakeCloneEngine {
-    async fn check_target(&self, site: &CloneSite) -> Result<Vec<CheckItem>> {
+    async fn check_target(&self, site: &CloneSite, _target: &Target) -> Result<Vec<CheckItem>> {
         Ok(vec![if site.engine_version == VERSION {
             CheckItem::pass("version", format!("{VERSION} here and in the backup"))
         } else {

@@ -185,7 +185,7 @@ impl MariaDbCloner {
 
 #[async_trait]
 impl CloneEngine for MariaDbCloner {
-    async fn check_target(&self, site: &CloneSite) -> Result<Vec<CheckItem>> {
+    async fn check_target(&self, site: &CloneSite, _target: &Target) -> Result<Vec<CheckItem>> {
         check_target::check_target(site, self.default_bin_dir.as_deref()).await
     }
 

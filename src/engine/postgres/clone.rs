@@ -184,7 +184,7 @@ impl PostgresCloner {
 
 #[async_trait]
 impl CloneEngine for PostgresCloner {
-    async fn check_target(&self, site: &CloneSite) -> Result<Vec<CheckItem>> {
+    async fn check_target(&self, site: &CloneSite, _target: &Target) -> Result<Vec<CheckItem>> {
         check_target::check_target(site, self.default_bin_dir.as_deref()).await
     }
 

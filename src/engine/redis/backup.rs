@@ -99,6 +99,8 @@ fn next_second(at: Timestamp) -> Result<Timestamp> {
 /// Opens the newest base; lets the server make a new one first if what follows it has become long.
 async fn open_base(inner: &Inner, cancel: &CancellationToken) -> Result<OpenBase> {
     let mut may_rewrite = true;
+    let mut missing = None;
+    let mut times_are_lost = has_lost_times(inner).await?;
     for _ in 0..OPEN_ATTEMPTS {
         let seen = inner.observe().await?;
         let Some(part) = seen.manifest.base.clone() else {
@@ -109,10 +111,25 @@ async fn open_base(inner: &Inner, cancel: &CancellationToken) -> Result<OpenBase
         let source_path = seen.append_dir.join(&part.name);
         let file = match File::open(&source_path) {
             Ok(file) => file,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                if missing.as_ref() == Some(&part) {
+                    return Err(Error::new(
+                        Kind::Damaged,
+                        format!("the manifest names '{}', which is not there", source_path.display()),
+                    )
+                    .hint("'redis-cli BGREWRITEAOF' makes a new base; the server could not start with this one"));
+                }
+                missing = Some(part);
+                continue;
+            }
             Err(error) => return Err(error).context(|| format!("cannot open '{}'", source_path.display())),
         };
         let bytes = file.metadata().context(|| format!("cannot look at '{}'", source_path.display()))?.len();
+        if times_are_lost {
+            times_are_lost = false;
+            rewrite(inner, &seen, cancel).await?;
+            continue;
+        }
         let log_bytes = log_bytes_since(&seen, start);
         if may_rewrite && log_bytes > bytes.max(REWRITE_BYTES_MIN) {
             may_rewrite = false;
@@ -124,6 +141,15 @@ async fn open_base(inner: &Inner, cancel: &CancellationToken) -> Result<OpenBase
         return Ok(OpenBase { file, source_path, name, bytes, start, began_at: seen.observed_at });
     }
     Err(Error::new(Kind::Unreachable, "the server rewrites its append-only file faster than it can be opened"))
+}
+
+/// Whether the log had times, lost them and has them again: then it takes a new file for them to mean something.
+async fn has_lost_times(inner: &Inner) -> Result<bool> {
+    let seen = inner.observe().await?;
+    let (Some(hold), Some(last)) = (inner.hold().await, seen.files.last()) else { return Ok(false) };
+    let number = last.held.number;
+    let lost = run_on_thread("redis-times", move || Ok(hold.untimed(number).is_some())).await?;
+    Ok(seen.writes_times && lost)
 }
 
 /// The start of the first log file behind the base of the manifest.

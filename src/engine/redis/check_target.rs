@@ -2,19 +2,28 @@
 
 use std::path::Path;
 
+use jiff::Timestamp;
+
 use crate::base::bulk::run_blocking;
 use crate::base::users::User;
 use crate::engine::CloneSite;
 use crate::engine::redis::backup::{RDB_VERSION_FACT, USED_MEMORY_FACT};
 use crate::engine::redis::ondisk::rdb::{RdbFamily, RdbVersion};
+use crate::engine::redis::recovery::end_of;
 use crate::engine::redis::server::Programs;
 use crate::engine::redis::settings::{check_ordered, modules};
 use crate::error::Result;
 use crate::model::bytes_text::human_bytes;
 use crate::model::check::CheckItem;
+use crate::model::target::{Target, utc_text};
 
-pub(super) async fn check_target(site: &CloneSite, default_bin_dir: Option<&Path>) -> Result<Vec<CheckItem>> {
+pub(super) async fn check_target(
+    site: &CloneSite,
+    target: &Target,
+    default_bin_dir: Option<&Path>,
+) -> Result<Vec<CheckItem>> {
     let mut items = Vec::new();
+    items.extend(target_item(site, target));
     match Programs::find(site.bin_dir.as_deref().or(default_bin_dir)).await {
         Ok(programs) => items.push(version_item(site, &programs.version)),
         Err(error) => {
@@ -33,6 +42,23 @@ pub(super) async fn check_target(site: &CloneSite, default_bin_dir: Option<&Path
     items.extend(module_item(site));
     items.extend(memory_item(site));
     Ok(items)
+}
+
+/// Whether the log that was shipped can tell where this target lies. Says nothing where nothing is to be said.
+fn target_item(site: &CloneSite, target: &Target) -> Option<CheckItem> {
+    let what = "moment";
+    match (target, end_of(site, target)) {
+        (_, Err(error)) => Some(CheckItem::fail(what, error.message(), error.hint_text().unwrap_or_default())),
+        (Target::Time(time), Ok(_)) if time.subsec_nanosecond() > 0 => {
+            let shown = Timestamp::from_second(time.as_second()).map_or_else(|_| time.to_string(), utc_text);
+            Some(CheckItem::warn(
+                what,
+                format!("the log counts in seconds: the clone will show {shown}"),
+                "order a whole second",
+            ))
+        }
+        _ => None,
+    }
 }
 
 /// The newest format of snapshots that a version of Redis reads (`RDB_VERSION` in `src/rdb.h` of each).
@@ -116,6 +142,7 @@ fn available_memory_bytes() -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::engine::redis::backup::LOG_TIMES_FACT;
     use crate::engine::redis::settings::MODULE_FACT_PREFIX;
     use crate::model::check::Verdict;
     use crate::model::position::Position;
@@ -153,6 +180,23 @@ mod tests {
             assert_eq!(item.verdict, verdict, "{source} {format} {here}: {item:?}");
             assert!(item.found.contains(source) && item.found.contains(here), "{item:?}");
         }
+    }
+
+    #[test]
+    fn a_time_is_refused_where_the_log_has_none_and_rounded_where_it_falls_between_seconds() {
+        let ask = |times: &str, target: &Target| target_item(&site("7.0.0", &[(LOG_TIMES_FACT, times)]), target);
+        let at = |text: &str| Target::parse_time(text).unwrap();
+        let refused = ask("no", &at("2026-11-21 10:00:00Z")).unwrap();
+        assert_eq!(refused.verdict, Verdict::Fail);
+        assert!(refused.hint.unwrap().contains("CONFIG SET aof-timestamp-enabled yes"));
+        assert_eq!(ask("no", &Target::Latest), None);
+        assert_eq!(ask("yes", &at("2026-11-21 10:00:00Z")), None);
+        let rounded = ask("yes", &at("2026-11-21 10:00:00.5Z")).unwrap();
+        assert!(
+            rounded.verdict == Verdict::Warn && rounded.found.ends_with("show 2026-11-21 10:00:00Z"),
+            "{rounded:?}"
+        );
+        assert_eq!(ask("yes", &Target::Name("x".into())).unwrap().verdict, Verdict::Fail);
     }
 
     #[test]

@@ -92,8 +92,8 @@ impl RedisCloner {
 
 #[async_trait]
 impl CloneEngine for RedisCloner {
-    async fn check_target(&self, site: &CloneSite) -> Result<Vec<CheckItem>> {
-        check_target::check_target(site, self.default_bin_dir.as_deref()).await
+    async fn check_target(&self, site: &CloneSite, target: &Target) -> Result<Vec<CheckItem>> {
+        check_target::check_target(site, target, self.default_bin_dir.as_deref()).await
     }
 
     fn place(&self, _site: &CloneSite, meta: &FileMeta) -> Result<Option<FileMeta>> {

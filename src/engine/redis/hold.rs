@@ -17,7 +17,7 @@ use std::fs::Metadata;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use crate::base::durable::create_dir_all_durable;
+use crate::base::durable::{create_dir_all_durable, write_file_durable};
 use crate::engine::redis::ondisk::manifest::{Manifest, ManifestPart};
 use crate::error::{Context, Error, Kind, Result};
 use crate::model::bytes_text::human_bytes;
@@ -110,15 +110,36 @@ impl Hold {
             && std::fs::metadata(self.append_dir.join(&part.name)).is_ok_and(|metadata| inode(&metadata) == file.inode)
     }
 
-    /// Links the new files. `proved` says that the server logged everything since the last look. Returns all held files
+    /// Up to which second the times in a log file say when its commands were executed, if they do not say it to its end:
+    /// the server was seen to write none.
+    pub fn untimed(&self, number: u64) -> Option<i64> {
+        let text = std::fs::read_to_string(self.held_dir().join(untimed_name(number))).ok()?;
+        text.trim().parse().ok()
+    }
+
+    /// Remembers that a log file has no times from here on; the first such second counts.
+    pub fn mark_untimed(&self, number: u64, last_second: i64) -> Result<()> {
+        match self.untimed(number) {
+            Some(_) => Ok(()),
+            None => {
+                let text = format!("{last_second}\n");
+                write_file_durable(&self.held_dir().join(untimed_name(number)), text.as_bytes(), 0o600)
+            }
+        }
+    }
+
+    /// Links the new files. `proved` says that the server logged everything since the last look, `timed` that it writes
+    /// times now: behind a file that has lost its times, a hole keeps those apart that can be reached from those that
+    /// cannot. Returns all held files
     /// in the order of the log; nothing if the server has replaced a new file meanwhile, and it is to be looked again.
-    pub fn link(&self, seen: &Seen, proved: bool, unix_seconds: u64) -> Result<Option<Vec<HeldFile>>> {
+    pub fn link(&self, seen: &Seen, proved: bool, timed: bool, unix_seconds: u64) -> Result<Option<Vec<HeldFile>>> {
         create_dir_all_durable(&self.held_dir(), 0o700)?;
         let mut last = seen.held.last().cloned();
         for part in &seen.new {
             let follows = last.as_ref().is_some_and(|last| {
                 part.sequence == last.sequence.saturating_add(1)
                     && (proved || seen.is_named(last) || is_new(seen, last))
+                    && !(timed && self.untimed(last.number).is_some())
             });
             let number = match &last {
                 None => unix_seconds,
@@ -189,7 +210,11 @@ impl Hold {
     pub fn release_before(&self, number: u64) -> Result<()> {
         let held = self.held()?;
         let count = held.len().saturating_sub(1);
-        held.iter().take(count).filter(|file| file.number < number).try_for_each(|file| remove(&file.path))
+        for file in held.iter().take(count).filter(|file| file.number < number) {
+            remove(&file.path)?;
+            remove(&self.held_dir().join(untimed_name(file.number)))?;
+        }
+        Ok(())
     }
 
     /// Gives up the oldest files while those that only we hold take more than `limit_bytes`. Returns what was given up.
@@ -246,6 +271,10 @@ fn link_name(number: u64, sequence: u64) -> String {
     format!("{number:010}-{sequence}.aof")
 }
 
+fn untimed_name(number: u64) -> String {
+    format!("untimed-{number}")
+}
+
 fn parse_link_name(name: &str) -> Option<(u64, u64)> {
     let (number, sequence) = name.strip_suffix(".aof")?.split_once('-')?;
     let pair = (number.parse().ok()?, sequence.parse().ok()?);
@@ -299,7 +328,7 @@ mod tests {
         /// Number, content and whether only we hold it.
         fn sync(&self, proved: bool) -> Vec<(u64, String, bool)> {
             let seen = self.hold.look().unwrap();
-            let files = self.hold.link(&seen, proved, 1000).unwrap().unwrap();
+            let files = self.hold.link(&seen, proved, true, 1000).unwrap().unwrap();
             let content = |file: &HeldFile| std::fs::read_to_string(&file.path).unwrap();
             files.iter().map(|file| (file.number, content(file), file.only_held)).collect()
         }
@@ -353,6 +382,27 @@ mod tests {
         assert_eq!(scene.sync(false), [row(1000, "one", false), row(1001, "", false)]);
         scene.server(1, &[(1, "one"), (2, ""), (3, "three")]);
         assert_eq!(scene.sync(false), [row(1000, "one", false), row(1001, "three", false)]);
+    }
+
+    #[test]
+    fn times_that_begin_again_begin_behind_a_hole() {
+        let scene = Scene::new();
+        scene.server(1, &[(1, "one")]);
+        scene.sync(true);
+        scene.hold.mark_untimed(1000, 77).unwrap();
+        scene.hold.mark_untimed(1000, 99).unwrap();
+        assert_eq!(scene.hold.untimed(1000), Some(77));
+        scene.server(1, &[(1, "one"), (2, "two")]);
+        // As long as there are none, nothing is gained by a hole.
+        let seen = scene.hold.look().unwrap();
+        assert_eq!(scene.hold.link(&seen, true, false, 1000).unwrap().unwrap()[1].number, 1001);
+        scene.hold.mark_untimed(1001, 77).unwrap();
+        scene.server(1, &[(1, "one"), (2, "two"), (3, "three")]);
+        let numbers: Vec<u64> = scene.sync(true).iter().map(|row| row.0).collect();
+        assert_eq!(numbers, [1000, 1001, 1003]);
+        assert_eq!(scene.hold.untimed(1003), None);
+        scene.hold.release_before(1003).unwrap();
+        assert_eq!((scene.hold.untimed(1000), scene.hold.untimed(1001)), (None, None));
     }
 
     #[test]

@@ -23,6 +23,8 @@ pub(super) async fn list(inner: &Inner, after: Option<&str>) -> Result<LogListin
     let after = after.map(file_number).transpose().context(what)?;
     let last = seen.files.last();
     let last = last.ok_or_else(|| Error::new(Kind::Server, "the manifest names no increments")).context(what)?;
+    // Later instants cannot be told from each other, so they are not promised.
+    let observed_at = seen.timed_until.map_or(seen.observed_at, |until| seen.observed_at.min(until));
     let position = Position::File { number: last.held.number, offset: last.readable_bytes };
     let files = seen.files.iter().filter(|file| after.is_none_or(|after| file.held.number > after));
     let files = files.map(|file| LogFile {
@@ -32,7 +34,7 @@ pub(super) async fn list(inner: &Inner, after: Option<&str>) -> Result<LogListin
     });
     Ok(LogListing {
         files: files.filter(|file| file.readable_bytes > 0).collect(),
-        durable_end: DurableEnd { position, observed_at: seen.observed_at },
+        durable_end: DurableEnd { position, observed_at },
     })
 }
 

@@ -28,9 +28,10 @@ pub(super) async fn open(inner: &Inner, file: &LogFile, from: u64, to: u64) -> R
     let opened = run_blocking("open log", move || {
         let held = hold.held()?.into_iter().find(|held| held.number == number);
         let held = held.ok_or_else(|| Error::new(Kind::NotFound, "it was given up because it took too much disk"))?;
-        File::open(&held.path).context(|| format!("cannot open '{}'", held.path.display()))
+        let file = File::open(&held.path).context(|| format!("cannot open '{}'", held.path.display()))?;
+        Ok((file, hold.untimed(number)))
     });
-    let opened = opened.await.context(what)?;
+    let (opened, untimed) = opened.await.context(what)?;
     Ok(Box::new(IncrementRead {
         file: opened,
         name: file.name.clone(),
@@ -38,6 +39,7 @@ pub(super) async fn open(inner: &Inner, file: &LogFile, from: u64, to: u64) -> R
         to,
         walker: AofWalker::new(from),
         first_second: None,
+        untimed,
     }))
 }
 
@@ -48,6 +50,8 @@ struct IncrementRead {
     to: u64,
     walker: AofWalker,
     first_second: Option<i64>,
+    /// Times after this second say nothing about what lies between: see `Hold::untimed`.
+    untimed: Option<i64>,
 }
 
 impl LogRead for IncrementRead {
@@ -70,7 +74,8 @@ impl LogRead for IncrementRead {
     }
 
     fn summary(&self) -> LogSummary {
-        let instant = |second: Option<i64>| second.and_then(|second| Timestamp::from_second(second).ok());
+        let limit = self.untimed.unwrap_or(i64::MAX);
+        let instant = |second: Option<i64>| second.and_then(|second| Timestamp::from_second(second.min(limit)).ok());
         LogSummary {
             first_commit_at: instant(self.first_second),
             last_commit_at: instant(self.walker.last_second()),

@@ -41,7 +41,7 @@ const PIECE_BYTES: usize = 8 << 20;
 
 /// Where the log of a clone ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum End {
+pub(super) enum End {
     /// All there is.
     Open,
     /// At this place, or at the last command that ends before it.
@@ -105,7 +105,7 @@ async fn run(
 }
 
 /// What a target means for the log. Pure.
-fn end_of(site: &CloneSite, target: &Target) -> Result<End> {
+pub(super) fn end_of(site: &CloneSite, target: &Target) -> Result<End> {
     let at = |position: Position| position.file().map(|(number, offset)| End::At { number, offset });
     match target {
         Target::Latest => Ok(End::Open),
@@ -121,7 +121,7 @@ fn end_of(site: &CloneSite, target: &Target) -> Result<End> {
 }
 
 /// Why a clone to a time is refused.
-pub(super) fn no_times() -> Error {
+fn no_times() -> Error {
     Error::new(Kind::Unsupported, "there are no times in the source's append-only file").hint(
         "turn them on without a restart: 'redis-cli CONFIG SET aof-timestamp-enabled yes', and take a backup; until then \
          clone to the latest state or to a backup",

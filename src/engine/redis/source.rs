@@ -111,6 +111,8 @@ struct Walk {
     boundary: u64,
     /// What was synced to the disk, or found there when the file was last read.
     durable_bytes: u64,
+    /// The last annotation of time that was passed.
+    last_second: Option<i64>,
 }
 
 /// One file of the log as it is now.
@@ -128,6 +130,8 @@ pub struct SeenFile {
 pub struct Observation {
     /// Everything that was executed before is in the files.
     pub observed_at: Timestamp,
+    /// The instant up to which the log tells times, if they end before `observed_at`.
+    pub timed_until: Option<Timestamp>,
     pub files: Vec<SeenFile>,
     pub manifest: Manifest,
     pub append_dir: PathBuf,
@@ -278,16 +282,26 @@ async fn observe(source: &RedisSource, kept: &mut Kept) -> Result<Observation> {
             .await?
             .map(|text| Fingerprint::parse(&text));
     }
-    let (manifest, held) = hold_new(kept, source, &hold, observed_at).await?;
+    let (manifest, held) = hold_new(kept, source, &hold, observed_at, writes_times).await?;
     keep_fingerprint(kept, &hold, fingerprint).await?;
     let mut walks = std::mem::take(&mut kept.walks);
-    let (files, walks) = run_blocking("walk the log", move || {
+    let marking = hold.clone();
+    let (files, walks, timed_until) = run_blocking("walk the log", move || {
         let files = walk_all(held, &mut walks)?;
-        Ok((files, walks))
+        let timed_until = timed_until(&marking, &files, &walks, writes_times)?;
+        Ok((files, walks, timed_until))
     })
     .await?;
     kept.walks = walks;
-    Ok(Observation { observed_at, files, manifest, append_dir: hold.append_dir().to_path_buf(), info, writes_times })
+    Ok(Observation {
+        timed_until,
+        observed_at,
+        files,
+        manifest,
+        append_dir: hold.append_dir().to_path_buf(),
+        info,
+        writes_times,
+    })
 }
 
 fn hold_of(source: &RedisSource, settings: &BTreeMap<String, String>) -> Hold {
@@ -361,6 +375,7 @@ async fn hold_new(
     source: &RedisSource,
     hold: &Hold,
     observed_at: Timestamp,
+    timed: bool,
 ) -> Result<(Manifest, Vec<HeldFile>)> {
     let unix_seconds = u64::try_from(observed_at.as_second()).unwrap_or(0);
     for _ in 0..LINK_ATTEMPTS {
@@ -383,7 +398,7 @@ async fn hold_new(
         }
         let (linking, limit) = (hold.clone(), source.hold_limit_bytes);
         let linked = run_blocking("hold the log", move || {
-            let Some(held) = linking.link(&seen, proved, unix_seconds)? else { return Ok(None) };
+            let Some(held) = linking.link(&seen, proved, timed, unix_seconds)? else { return Ok(None) };
             match linking.enforce_limit(limit)? {
                 0 => Ok(Some((seen.manifest, held))),
                 _ => Ok(Some((seen.manifest, linking.held()?))),
@@ -409,6 +424,23 @@ async fn keep_fingerprint(kept: &mut Kept, hold: &Hold, fingerprint: Fingerprint
     }
     let path = fingerprint_path(hold);
     run_blocking("keep fingerprint", move || write_file_durable(&path, fingerprint.render().as_bytes(), 0o600)).await
+}
+
+/// The instant up to which the log tells times, if it is not now: from the moment on at which the server is seen to write
+/// none, nothing later can be told apart, until a new file begins with times. A log that never had any is told by its
+/// backups, which say so. Blocking.
+fn timed_until(
+    hold: &Hold,
+    files: &[SeenFile],
+    walks: &BTreeMap<u64, Walk>,
+    writes_times: bool,
+) -> Result<Option<Timestamp>> {
+    let Some(last) = files.last().map(|file| file.held.number) else { return Ok(None) };
+    let last_second = walks.values().rev().find_map(|walk| walk.last_second);
+    if let (false, Some(second)) = (writes_times, last_second) {
+        hold.mark_untimed(last, second)?;
+    }
+    Ok(hold.untimed(last).and_then(|second| Timestamp::from_second(second).ok()))
 }
 
 /// Makes what there is durable and finds the last place in each file where it may be cut. Blocking.
@@ -443,6 +475,7 @@ fn walk_on(path: &Path, walk: &mut Walk) -> Result<()> {
     let mut walker = AofWalker::new(walk.boundary);
     walk_file(&file, &mut walker, bytes, path)?;
     (walk.boundary, walk.durable_bytes) = (walker.boundary(), bytes);
+    walk.last_second = walker.last_second().or(walk.last_second);
     Ok(())
 }
 

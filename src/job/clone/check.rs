@@ -90,7 +90,9 @@ pub async fn check(
             ));
             items.push(space_item(&choice, &place.data_dir, host.keep_free_bytes)?);
             items.extend(match host.grower(source.engine) {
-                Ok(grower) => engine_items(grower, &host.site(grower, order, place, &choice.backup)).await,
+                Ok(grower) => {
+                    engine_items(grower, &host.site(grower, order, place, &choice.backup), &order.target).await
+                }
                 Err(error) => vec![failed("server programs", &error)],
             });
             Ok(Checked { items, choice: Some(choice), refusal: None })
@@ -217,8 +219,8 @@ fn log_bytes(choice: &Choice) -> u64 {
     }
 }
 
-async fn engine_items(grower: &Grower, site: &CloneSite) -> Vec<CheckItem> {
-    grower.engine.check_target(site).await.unwrap_or_else(|error| vec![failed("server programs", &error)])
+async fn engine_items(grower: &Grower, site: &CloneSite, target: &Target) -> Vec<CheckItem> {
+    grower.engine.check_target(site, target).await.unwrap_or_else(|error| vec![failed("server programs", &error)])
 }
 
 fn failed(what: &str, error: &Error) -> CheckItem {

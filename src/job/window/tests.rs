@@ -38,6 +38,20 @@ async fn the_window_reaches_from_the_first_backup_to_what_the_source_had_made_du
 }
 
 #[tokio::test]
+async fn a_backup_of_a_server_that_never_wrote_is_reachable() {
+    let site = Site::new().await;
+    let archiver = site.archiver().await;
+    let incarnation = site.incarnation(&archiver).await;
+    let backup = site.back_up(&archiver).await;
+    assert_eq!(backup.start, backup.stop);
+    site.clock.advance(Duration::from_secs(60));
+    archiver.ship_now().await.unwrap();
+    let window = window_of(&site.repo, &incarnation).await.unwrap();
+    assert_eq!((window.reaches[0].from, window.reaches[0].to), (backup.start, backup.start));
+    assert_eq!(window.reaches[0].covered_until.map(utc_text), Some(utc_text(site.clock.now())));
+}
+
+#[tokio::test]
 async fn log_that_was_lost_is_a_hole_with_the_times_on_both_sides() {
     let site = Site::new().await;
     let archiver = site.archiver().await;

@@ -182,7 +182,7 @@ pub async fn a_clone_that_was_handed_over_is_another_directory(subject: &dyn Sub
     subject.commit(400);
     let base = back_up(subject, CancellationToken::new()).await.unwrap();
     let grown = Grown::stage(subject, &base).await;
-    let items = subject.cloner().check_target(&grown.site).await.unwrap();
+    let items = subject.cloner().check_target(&grown.site, &Target::Latest).await.unwrap();
     assert_ne!(worst(&items), Verdict::Fail, "{items:?}");
     grown.recover(&Target::Latest, MemoryLog::of(subject).await).await.unwrap();
     for _ in 0..2 {

@@ -16,7 +16,7 @@ use crate::support::postgres::server_user;
 use crate::support::redis::{Client, TestRedis, bin_dir};
 
 pub struct RedisSubject {
-    server: TestRedis,
+    pub server: TestRedis,
     engine: Arc<RedisEngine>,
 }
 
@@ -25,6 +25,11 @@ impl RedisSubject {
         let server = TestRedis::start(&[]);
         let engine = Arc::new(RedisEngine::new(server.source("orders")));
         RedisSubject { server, engine }
+    }
+
+    /// The same server as it is told to another engine.
+    pub fn with_engine(self, engine: Arc<RedisEngine>) -> RedisSubject {
+        RedisSubject { engine, ..self }
     }
 }
 

@@ -22,7 +22,9 @@ async fn a_clone_becomes_a_server_of_its_own(version: Version) {
     clone.site.settings.insert(String::from("work_mem"), String::from("9MB"));
     // A locale that only the source's host has.
     clone.site.facts.insert(String::from("setting.lc_messages"), String::from("xx_XX.UTF-8"));
-    assert!(clone.cloner.check_target(&clone.site).await.unwrap().iter().all(|item| item.hint.is_none()));
+    assert!(
+        clone.cloner.check_target(&clone.site, &Target::Latest).await.unwrap().iter().all(|item| item.hint.is_none())
+    );
     clone.recover(&source, Target::Latest).await.unwrap();
     clone.sql(&source, "SELECT pg_create_physical_replication_slot('left_over')").await;
 
@@ -84,7 +86,7 @@ async fn a_misspelt_setting_and_a_missing_library_are_found_before_anything_is_w
     let mut clone = Clone::stage(&source).await;
     for (name, value) in [("wrok_mem", "1MB"), ("port", "5432"), ("shared_preload_libraries", "no_such_library")] {
         clone.site.settings = BTreeMap::from([(name.to_string(), value.to_string())]);
-        let items = clone.cloner.check_target(&clone.site).await.unwrap();
+        let items = clone.cloner.check_target(&clone.site, &Target::Latest).await.unwrap();
         let failed: Vec<_> = items.iter().filter(|item| item.verdict == keiki::model::check::Verdict::Fail).collect();
         assert_eq!(failed.len(), 1, "{name}: {items:?}");
         assert!(failed[0].found.contains(name) || failed[0].found.contains(value), "{failed:?}");
