@@ -30,7 +30,8 @@ pub fn fsync_dir(path: &Path) -> Result<()> {
 }
 
 /// Creates a directory and its missing parents with exactly `mode` (whatever the umask), each durable in its parent.
-/// Directories that are there already keep their mode; a file in the way is an error of kind `Conflict`.
+/// Directories that are there already keep their mode; a file in the way is an error of kind `Conflict`, a directory that
+/// somebody removes meanwhile one of kind `NotFound`.
 pub fn create_dir_all_durable(path: &Path, mode: u32) -> Result<()> {
     let what = || format!("cannot create directory '{}'", path.display());
     if path.is_dir() {
@@ -42,8 +43,13 @@ pub fn create_dir_all_durable(path: &Path, mode: u32) -> Result<()> {
     }
     match DirBuilder::new().mode(mode).create(path) {
         Ok(()) => std::fs::set_permissions(path, Permissions::from_mode(mode)).context(what)?,
-        // Somebody else made it meanwhile, but perhaps did not come to the fsync yet.
-        Err(error) if error.kind() == ErrorKind::AlreadyExists && path.is_dir() => {}
+        Err(error) if error.kind() == ErrorKind::AlreadyExists => match std::fs::metadata(path) {
+            // Somebody else made it meanwhile, but perhaps did not come to the fsync yet.
+            Ok(metadata) if metadata.is_dir() => {}
+            Ok(_) => return Err(Error::io(what(), error)),
+            // Somebody else made it, and somebody has removed it: as if it had gone a moment later.
+            Err(_) => return Err(Error::io(what(), ErrorKind::NotFound.into())),
+        },
         Err(error) => return Err(Error::io(what(), error)),
     }
     fsync_dir(parent)
