@@ -105,10 +105,11 @@ impl Resumable {
     async fn next(&mut self) -> Result<Option<Bytes>> {
         loop {
             if self.body.is_none() {
-                self.check_unchanged().await?;
                 if self.rest.start < self.rest.end {
                     self.body = Some(self.store.get_once(&self.key, Some(self.rest.clone())).await?);
                 }
+                // After the body was opened: the object may be replaced at any moment before that.
+                self.check_unchanged().await?;
             }
             let left = self.rest.end.saturating_sub(self.rest.start);
             if left == 0 && !self.is_whole {
@@ -151,7 +152,7 @@ impl Resumable {
         Ok(())
     }
 
-    /// With the same tag before the first body was opened and now, that body was of this object too.
+    /// With the same tag before the first body was opened and now, all bodies that were opened are of this object.
     async fn check_unchanged(&mut self) -> Result<()> {
         let Some(tag) = &self.tag else { return Ok(()) };
         let now = self.store.head(&self.key).await?;
