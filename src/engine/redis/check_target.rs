@@ -5,6 +5,7 @@ use std::path::Path;
 use jiff::Timestamp;
 
 use crate::base::bulk::run_blocking;
+use crate::base::memory::memory;
 use crate::base::users::User;
 use crate::engine::CloneSite;
 use crate::engine::redis::backup::{RDB_VERSION_FACT, USED_MEMORY_FACT};
@@ -123,20 +124,13 @@ fn module_item(site: &CloneSite) -> Option<CheckItem> {
 
 fn memory_item(site: &CloneSite) -> Option<CheckItem> {
     let wanted: u64 = site.facts.get(USED_MEMORY_FACT)?.parse().ok()?;
-    let available = available_memory_bytes()?;
+    let available = memory()?.available_bytes;
     let found = format!("{} available, the source uses {}", human_bytes(available), human_bytes(wanted));
     Some(if available >= wanted {
         CheckItem::pass("memory", found)
     } else {
         CheckItem::fail("memory", found, "clone to a host with more memory, or stop something on this one")
     })
-}
-
-/// `MemAvailable` of /proc/meminfo (proc(5)).
-fn available_memory_bytes() -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    line.split_whitespace().next()?.parse::<u64>().ok()?.checked_mul(1024)
 }
 
 #[cfg(test)]
