@@ -196,7 +196,8 @@ pub trait Engine: Send + Sync {
     fn log_directories(&self) -> Vec<PathBuf>;
 
     /// The log files that come after the file `after`, including the open one, and the durable end. Never names a
-    /// file that the server may recycle before `release`.
+    /// file that the server may recycle before `release`. `NotFound` if the server has forgotten log right after
+    /// `after`; without `after` the listing then begins behind what is gone.
     async fn list_log(&self, after: Option<&str>) -> Result<LogListing>;
 
     /// Opens bytes `from..to` of a log file.
@@ -204,6 +205,13 @@ pub trait Engine: Send + Sync {
 
     /// The log before `position` and all of `sealed_files` are durable in the repository: the server may forget them.
     async fn release_log(&self, position: Position) -> Result<()>;
+
+    /// Keeps what the agent holds back on the server within its limit, while nothing can be shipped and so nothing is
+    /// listed. An error of kind `Full` says what was given up. Nothing to do, and so the default, where the agent holds
+    /// nothing.
+    async fn guard_log(&self) -> Result<()> {
+        Ok(())
+    }
 
     /// Gives up what the agent holds on the server (a slot): the instance leaves the configuration.
     async fn detach(&self) -> Result<()>;
@@ -248,6 +256,13 @@ pub trait CloneEngine: Send + Sync {
     /// Removes what a copy must not keep and writes the clone's own settings. The server runs in quarantine, before
     /// and after. Repeating it is harmless.
     async fn clean_up(&self, site: &CloneSite) -> Result<Vec<CleanUpItem>>;
+
+    /// Makes a clone that is cleaned up durable and leaves it running in quarantine, where it may stay for long: from
+    /// now on a restart of the machine loses nothing of it. Repeating it is harmless. Nothing to do, and so the default,
+    /// for engines whose server is durable in quarantine anyway.
+    async fn make_durable(&self, _site: &CloneSite) -> Result<()> {
+        Ok(())
+    }
 
     /// Stops the quarantined server cleanly and makes the whole directory durable; then, unless `open` is false,
     /// starts it as the instance that it is from now on.

@@ -27,6 +27,7 @@ pub mod check_source;
 pub mod check_target;
 pub mod clean_up;
 pub mod clone;
+pub mod collation;
 pub mod recovery;
 pub mod server;
 pub mod settings;
@@ -123,6 +124,13 @@ impl Engine for PostgresEngine {
             // The server forgets a segment when its archive_command says that it is safe.
             ShipMode::ArchiveCommand => Ok(()),
             ShipMode::Slot { .. } => slot::advance(self, position).await,
+        }
+    }
+
+    async fn guard_log(&self) -> Result<()> {
+        match self.source.ship {
+            ShipMode::ArchiveCommand => Ok(()),
+            ShipMode::Slot { limit_bytes } => slot::guard(self, limit_bytes).await,
         }
     }
 

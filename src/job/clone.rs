@@ -306,6 +306,11 @@ impl CloneWork {
         for item in self.host.grower(source.engine)?.engine.clean_up(&site).await? {
             context.result(&item.what, item.done);
         }
+        if self.order.hold {
+            // Somebody will look at it, for hours perhaps, and may write to it.
+            self.host.grower(source.engine)?.engine.make_durable(&site).await?;
+            context.result("quarantine", "durable, closed until 'keiki accept' or 'keiki discard'");
+        }
         Ok(())
     }
 

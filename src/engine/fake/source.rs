@@ -81,7 +81,14 @@ impl Engine for FakeEngine {
         let count = count_of(durable_end.position)?;
         let after = after.and_then(file_number);
         let mut files = Vec::new();
-        for number in self.database.log_files()? {
+        let present = self.database.log_files()?;
+        if let (Some(after), Some(first)) = (after, present.first())
+            && *first > after + 1
+        {
+            let reason = format!("log files {} to {} are gone", after + 1, first - 1);
+            return Err(Error::new(Kind::NotFound, reason).hint("take a new backup"));
+        }
+        for number in present {
             let readable = count.saturating_sub(number * EVENTS_PER_FILE).min(EVENTS_PER_FILE);
             if after.is_none_or(|after| number > after) && readable > 0 {
                 files.push(LogFile {

@@ -11,6 +11,7 @@ use crate::base::child::ChildCommand;
 use crate::base::users::{User, may_become_another_user};
 use crate::engine::CloneSite;
 use crate::engine::postgres::clone::major_of;
+use crate::engine::postgres::collation;
 use crate::engine::postgres::geometry::SEGMENT_SIZE_FACT;
 use crate::engine::postgres::recovery::replica::memory_bytes;
 use crate::engine::postgres::server::Programs;
@@ -18,9 +19,7 @@ use crate::engine::postgres::settings::{SourceSettings, check_override, memory_b
 use crate::error::{Kind, Result};
 use crate::model::check::CheckItem;
 
-/// Facts of a backup: the version of the source's C library as its collations have it; of each database the
-/// extensions with their versions, and how it sorts.
-const GLIBC_FACT: &str = "collation_version.c";
+/// Facts of a backup: of each database the extensions with their versions, and how it sorts.
 const EXTENSIONS_FACT_PREFIX: &str = "extensions.";
 const DATABASE_FACT_PREFIX: &str = "database.";
 
@@ -31,7 +30,6 @@ pub async fn check_target(site: &CloneSite, default_bin_dir: Option<&Path>) -> R
     items.extend(check_reach(site).await?);
     items.extend(check_settings(site));
     items.push(check_memory(site));
-    items.push(check_collations(site).await);
     items.push(check_locales(site).await);
     if !site.facts.contains_key(SEGMENT_SIZE_FACT) {
         items.push(CheckItem::fail(
@@ -41,7 +39,9 @@ pub async fn check_target(site: &CloneSite, default_bin_dir: Option<&Path>) -> R
         ));
     }
     let major = major_of(&site.engine_version)?;
-    match Programs::find(major, site.bin_dir.as_deref().or(default_bin_dir)).await {
+    let programs = Programs::find(major, site.bin_dir.as_deref().or(default_bin_dir)).await;
+    items.push(collation::check(site, programs.as_ref().ok().map(Programs::postgres).as_deref()).await);
+    match programs {
         Ok(programs) => {
             items.extend(check_version(site, &programs));
             items.extend(check_names(site, &programs).await);
@@ -188,24 +188,6 @@ fn check_memory(site: &CloneSite) -> CheckItem {
         CheckItem::warn(what, found, "order the clone with '--set shared_buffers=...' if it shall not crowd this host")
     } else {
         CheckItem::pass(what, found)
-    }
-}
-
-/// glibc changes how text sorts between versions, and indexes on text are sorted.
-async fn check_collations(site: &CloneSite) -> CheckItem {
-    let what = "collation library";
-    let here = match output_lines(ChildCommand::new("getconf").arg("GNU_LIBC_VERSION")).await {
-        Some(lines) => lines.first().and_then(|line| line.split_whitespace().nth(1)).unwrap_or("").to_string(),
-        None => String::new(),
-    };
-    match site.facts.get(GLIBC_FACT) {
-        Some(source) if *source == here => CheckItem::pass(what, format!("glibc {here} here and on the source")),
-        Some(source) => CheckItem::warn(
-            what,
-            format!("glibc '{here}' here, '{source}' on the source"),
-            "text may sort differently: the clone's report will list the databases whose indexes must be rebuilt",
-        ),
-        None => CheckItem::pass(what, format!("glibc '{here}' here; the backup does not say what the source has")),
     }
 }
 

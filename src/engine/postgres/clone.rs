@@ -233,7 +233,7 @@ impl CloneEngine for PostgresCloner {
         let cancel = CancellationToken::new();
         recovery::require_same_boot(&site.run_dir)?;
         let grounds = self.grounds(site).await?;
-        grounds.server.stop_cleanly(&cancel).await?;
+        stop_well(&grounds, site, &cancel).await?;
         let data_dir = site.data_dir.clone();
         let run_dir = site.run_dir.clone();
         let control = run_blocking("hand over", move || make_durable(&data_dir, &run_dir)).await?;
@@ -281,6 +281,23 @@ impl CloneEngine for PostgresCloner {
         Ok(())
     }
 
+    async fn make_durable(&self, site: &CloneSite) -> Result<()> {
+        let cancel = CancellationToken::new();
+        if !recovery::is_durable(&site.run_dir)? {
+            recovery::require_same_boot(&site.run_dir)?;
+            let grounds = self.grounds(site).await?;
+            stop_well(&grounds, site, &cancel).await?;
+            let (data_dir, run_dir) = (site.data_dir.clone(), site.run_dir.clone());
+            run_blocking("make durable", move || {
+                sync_stopped(&data_dir)?;
+                recovery::remember_durable(&run_dir)
+            })
+            .await?;
+        }
+        recovery::ensure_quarantined(&self.grounds(site).await?, site, &cancel).await?;
+        Ok(())
+    }
+
     async fn stop(&self, site: &CloneSite) -> Result<()> {
         stop_now(&site.data_dir).await
     }
@@ -306,8 +323,25 @@ fn remove_if_there(path: &Path) -> Result<()> {
     }
 }
 
+/// Stops the quarantined server cleanly. One that died, with the machine or without it, is started first: only a server
+/// that has recovered can end well.
+async fn stop_well(grounds: &Grounds, site: &CloneSite, cancel: &CancellationToken) -> Result<()> {
+    let data_dir = site.data_dir.clone();
+    let state = run_blocking("pg_control", move || Ok(read_control(&data_dir)?.state)).await?;
+    if running_postmaster(&site.data_dir).is_none() && state != ClusterState::ShutDown {
+        recovery::ensure_quarantined(grounds, site, cancel).await?;
+    }
+    grounds.server.stop_cleanly(cancel).await
+}
+
 /// Recovery did not fsync: everything is made durable here, once, and only if the server says that it ended well.
 fn make_durable(data_dir: &Path, run_dir: &Path) -> Result<ControlFile> {
+    let control = sync_stopped(data_dir)?;
+    recovery::forget(run_dir)?;
+    Ok(control)
+}
+
+fn sync_stopped(data_dir: &Path) -> Result<ControlFile> {
     let control = read_control(data_dir)?;
     if control.state != ClusterState::ShutDown {
         return Err(Error::new(
@@ -318,7 +352,6 @@ fn make_durable(data_dir: &Path, run_dir: &Path) -> Result<ControlFile> {
     }
     sync_filesystem(data_dir)?;
     fsync_dir(parent_of(data_dir))?;
-    recovery::forget(run_dir)?;
     Ok(control)
 }
 

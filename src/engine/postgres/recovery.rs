@@ -100,8 +100,21 @@ pub async fn ensure_quarantined(grounds: &Grounds, site: &CloneSite, cancel: &Ca
 /// nothing in the directory would show it. Passes if no recovery is remembered, which is so after a hand-over.
 pub fn require_same_boot(run_dir: &Path) -> Result<()> {
     match RecoveryState::load(run_dir)? {
-        Some(state) if state.boot_id != boot_id()? => Err(restarted()),
+        Some(state) if !state.is_durable && state.boot_id != boot_id()? => Err(restarted()),
         _ => Ok(()),
+    }
+}
+
+/// Whether a clone in quarantine has been made durable: its server then runs with fsync.
+pub fn is_durable(run_dir: &Path) -> Result<bool> {
+    Ok(RecoveryState::load(run_dir)?.is_some_and(|state| state.is_durable))
+}
+
+/// Remembers that everything in the directory is durable now. Call it when it is.
+pub fn remember_durable(run_dir: &Path) -> Result<()> {
+    match RecoveryState::load(run_dir)? {
+        Some(state) => RecoveryState { is_durable: true, ..state }.save(run_dir),
+        None => Ok(()),
     }
 }
 
@@ -113,7 +126,7 @@ impl Goal<'_> {
         let state = match RecoveryState::load(&self.site.run_dir)? {
             Some(state) => self.check_resumable(state, &boot, &target)?,
             None if self.site.data_dir.join(BACKUP_LABEL).exists() => {
-                let state = RecoveryState { boot_id: boot, target, end: None };
+                let state = RecoveryState { boot_id: boot, target, end: None, is_durable: false };
                 state.save(&self.site.run_dir)?;
                 state
             }
@@ -150,7 +163,7 @@ impl Goal<'_> {
     }
 
     fn check_resumable(&self, state: RecoveryState, boot: &str, target: &str) -> Result<RecoveryState> {
-        if state.boot_id != boot {
+        if state.boot_id != boot && !state.is_durable {
             return Err(restarted());
         }
         if state.target != target.replace('\n', " ") {

@@ -131,6 +131,7 @@ impl Server {
             return Err(Error::new(Kind::Conflict, format!("{}: process {} runs there already", what(), process.pid)));
         }
         let socket_path = self.endpoint("", "").socket_path();
+        remove_stale_locks(&self.data_dir, &socket_path)?;
         if socket_path.as_os_str().len() > SOCKET_PATH_BYTES_MAX {
             let reason = format!("{}: the path of its socket is too long: '{}'", what(), socket_path.display());
             return Err(Error::new(Kind::BadInput, reason).hint(format!(
@@ -285,6 +286,22 @@ pub fn running_postmaster(data_dir: &Path) -> Option<Process> {
     (process.is_alive() && works_here).then_some(process)
 }
 
+/// Removes the locks of a server that died, with the machine or without it: `postmaster.pid`, and the one beside its
+/// socket, whose directory is this clone's alone. By now the number in them may belong to another process of the same
+/// user, and PostgreSQL then refuses to start (`src/backend/utils/init/miscinit.c`, CreateLockFile). They are left alone
+/// while any process of PostgreSQL works in the data directory.
+fn remove_stale_locks(data_dir: &Path, socket_path: &Path) -> Result<()> {
+    let mut socket_lock = socket_path.as_os_str().to_os_string();
+    socket_lock.push(".lock");
+    for path in [data_dir.join("postmaster.pid"), PathBuf::from(socket_lock)] {
+        if path.exists() && !is_in_use(data_dir) {
+            let what = || format!("cannot remove '{}' of a server that died", path.display());
+            std::fs::remove_file(&path).context(what)?;
+        }
+    }
+    Ok(())
+}
+
 /// A directory by device and inode.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct DirectoryId(u64, u64);
@@ -380,6 +397,20 @@ pub fn last_log_lines(path: &Path) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_lock_of_a_server_that_died_is_in_nobody_s_way_even_if_its_number_was_given_again() {
+        let directory = tempfile::tempdir().unwrap();
+        let (pid_file, socket) = (directory.path().join("postmaster.pid"), directory.path().join(".s.PGSQL.5432"));
+        let socket_lock = directory.path().join(".s.PGSQL.5432.lock");
+        remove_stale_locks(directory.path(), &socket).unwrap();
+        // This process lives and is of our user, but no server and not in the directory.
+        for path in [&pid_file, &socket_lock] {
+            std::fs::write(path, format!("{}\n", std::process::id())).unwrap();
+        }
+        remove_stale_locks(directory.path(), &socket).unwrap();
+        assert!(!pid_file.exists() && !socket_lock.exists());
+    }
 
     #[test]
     fn the_version_is_read_as_distributions_print_it() {

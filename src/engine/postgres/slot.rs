@@ -82,31 +82,40 @@ pub(super) async fn ensure(engine: &PostgresEngine, source: &SourceSession, limi
             drop_slot(&source.session, &name).await?;
             create(&source.session, &name).await
         }
-        Some(slot) if slot.retained_bytes > limit_bytes => {
-            drop_slot(&source.session, &name).await?;
-            Err(Error::new(
-                Kind::Full,
-                format!(
-                    "replication slot '{name}' held back {} of log, more than its limit of {}, and was dropped so that \
-                     the disk of the server does not fill",
-                    human_bytes(slot.retained_bytes),
-                    human_bytes(limit_bytes)
-                ),
-            )
-            .hint("can the agent reach the repository? if log is missing afterwards, a new backup closes the hole"))
-        }
         Some(slot) => {
-            if slot.retained_bytes > limit_bytes / 2 {
-                tracing::warn!(
-                    "replication slot '{name}' holds back {} of log; at {} it will be dropped",
-                    human_bytes(slot.retained_bytes),
-                    human_bytes(limit_bytes)
-                );
-            }
+            keep_within(&source.session, &name, &slot, limit_bytes).await?;
             slot.restart_lsn.ok_or_else(|| Error::new(Kind::Internal, "a slot without a position was not replaced"))
         }
         None => create(&source.session, &name).await,
     }
+}
+
+/// Keeps the slot within its limit, if there is one: for a time in which nothing is shipped.
+pub(super) async fn guard(engine: &PostgresEngine, limit_bytes: u64) -> Result<()> {
+    let name = slot_name(&engine.source.name);
+    let source = engine.session().await?;
+    match look(&source.session, &name).await? {
+        Some(slot) => keep_within(&source.session, &name, &slot, limit_bytes).await,
+        None => Ok(()),
+    }
+}
+
+/// Drops a slot that holds back more than its limit, which is an error; warns from half of it on.
+async fn keep_within(session: &Session, name: &str, slot: &SlotState, limit_bytes: u64) -> Result<()> {
+    let (held, limit) = (human_bytes(slot.retained_bytes), human_bytes(limit_bytes));
+    if slot.retained_bytes > limit_bytes {
+        drop_slot(session, name).await?;
+        let reason = format!(
+            "replication slot '{name}' held back {held} of log, more than its limit of {limit}, and was dropped so that \
+             the disk of the server does not fill"
+        );
+        return Err(Error::new(Kind::Full, reason)
+            .hint("can the agent reach the repository? if log is missing afterwards, a new backup closes the hole"));
+    }
+    if slot.retained_bytes > limit_bytes / 2 {
+        tracing::warn!("replication slot '{name}' holds back {held} of log; at {limit} it will be dropped");
+    }
+    Ok(())
 }
 
 async fn create(session: &Session, name: &str) -> Result<Lsn> {

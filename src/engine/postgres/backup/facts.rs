@@ -20,16 +20,17 @@
 //! | `extensions_unread.NAME` | why a database could not be asked |
 //! | `libraries` | what functions are loaded from, separated by commas |
 //! | `collation_version.PROVIDER` | what the operating system's library says now: `c` is libc, `i` is ICU |
+//! | `library.glibc`, `library.icu` | what the source sorts text with: `2.36`, and the major version `72` |
 //! | `left_out.N` | files that could not be part of the backup |
 //! | `config_unread.PATH` | why a configuration file could not be read |
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use crate::engine::postgres::PostgresEngine;
 use crate::engine::postgres::ondisk::control::ControlFile;
 use crate::engine::postgres::session::{Session, column};
 use crate::engine::postgres::source::SourceSession;
+use crate::engine::postgres::{PostgresEngine, collation};
 use crate::error::{Context, Result};
 
 pub(super) type FactMap = BTreeMap<String, String>;
@@ -75,6 +76,14 @@ pub(super) async fn collect(engine: &PostgresEngine, source: &SourceSession, con
     let what = || "cannot record the settings of the server";
     settings(&source.session, &mut facts).await.context(what)?;
     databases(engine, source, &mut facts).await.context(what)?;
+    if let Some(version) = collation::glibc_version().await {
+        facts.insert(String::from(collation::GLIBC_FACT), version);
+    }
+    if let Some(program) = collation::running_program(&engine.source.data_dir)
+        && let Some(version) = collation::icu_version_of(&program).await
+    {
+        facts.insert(String::from(collation::ICU_FACT), version);
+    }
     Ok(facts)
 }
 

@@ -124,7 +124,7 @@ impl Feed<'_> {
             }
             self.hand_over_decided(&walker, &mut waiting, replica).await?;
         }
-        if walker.finding().is_none() {
+        if walker.finding().is_none() && !walker.cutter().has_reached_position() {
             self.check_hole(self.size.number_of(walker.position())).await?;
         }
         Ok((walker, Rest { waiting }))
@@ -185,8 +185,7 @@ impl Feed<'_> {
             end.valid_until, end.at, end.reason
         );
         Err(Error::new(Kind::Damaged, reason).hint(
-            "the archived log is damaged there: 'keiki verify' says how much; a target before that position, or a later \
-             backup, can still be cloned",
+            "the archived log is damaged there: a target before that position, or a later backup, can still be cloned",
         ))
     }
 

@@ -4,7 +4,8 @@
 //! system user. Whoever can open that socket is that user or root and could read and write the data files anyway, so
 //! the socket asks for nothing: with the clone's own `pg_hba.conf` the agent might not get in at all. It listens on no
 //! address, archives nothing, applies no subscription, starts no scheduler, fires no login trigger and knows no
-//! primary. It does not fsync: the directory is worthless until it is handed over, and is made durable as a whole then.
+//! primary. It does not fsync: the directory is worthless until it is made durable as a whole, which is done before it
+//! is handed over, or before it is held in quarantine for somebody to look at; then it fsyncs like any other server.
 
 use std::path::Path;
 
@@ -27,6 +28,8 @@ pub struct QuarantineInput<'a> {
     pub follow_timeline: Option<u32>,
     pub memory_bytes: u64,
     pub free_bytes: u64,
+    /// The directory was made durable and is to stay so.
+    pub is_durable: bool,
 }
 
 /// Files of the quarantine in the run directory.
@@ -94,7 +97,7 @@ pub fn quarantine_conf(input: &QuarantineInput<'_>) -> String {
         }
     }
 
-    set("fsync", "off");
+    set("fsync", if input.is_durable { "on" } else { "off" });
     set("wal_recycle", "off");
     set("wal_init_zero", "off");
     set("checkpoint_timeout", "30min");
@@ -187,6 +190,7 @@ mod tests {
             follow_timeline: None,
             memory_bytes: 8 << 30,
             free_bytes: 100 << 30,
+            is_durable: false,
         };
         change(&mut input);
         quarantine_conf(&input)
@@ -226,6 +230,12 @@ mod tests {
         let names: Vec<&str> = conf.lines().filter_map(|line| line.split_once(" = ")).map(|row| row.0).collect();
         let unique: std::collections::BTreeSet<&str> = names.iter().copied().collect();
         assert_eq!(names.len(), unique.len(), "a setting occurs twice");
+    }
+
+    #[test]
+    fn a_quarantine_that_is_held_is_as_durable_as_any_server() {
+        assert!(has(&conf(Major::V15, &[], |_| {}), "fsync = 'off'"));
+        assert!(has(&conf(Major::V15, &[], |input| input.is_durable = true), "fsync = 'on'"));
     }
 
     #[test]

@@ -75,6 +75,7 @@ impl<'a> Replica<'a> {
             follow_timeline: self.follow_timeline,
             memory_bytes: memory_bytes(),
             free_bytes: free_bytes(&self.site.data_dir)?,
+            is_durable: super::is_durable(run_dir)?,
         };
         let conf = run_dir.join(CONF_FILE);
         let user = &self.grounds.server.user;

@@ -32,6 +32,9 @@ pub struct RecoveryState {
     /// What was ordered, as text: another order must not go on with this directory.
     pub target: String,
     pub end: Option<FoundEnd>,
+    /// What was replayed was made durable as a whole since, and the server runs with fsync: a restart of the machine
+    /// loses nothing.
+    pub is_durable: bool,
 }
 
 fn path_in(run_dir: &Path) -> PathBuf {
@@ -65,6 +68,9 @@ impl RecoveryState {
                 text += &format!("last_commit_at={time}\n");
             }
         }
+        if self.is_durable {
+            text += "durable=yes\n";
+        }
         text + "complete\n"
     }
 
@@ -84,7 +90,8 @@ impl RecoveryState {
             }),
         };
         let text_of = |name: &str| values.get(name).map(|value| value.to_string());
-        Some(RecoveryState { boot_id: text_of("boot_id")?, target: text_of("target")?, end })
+        let is_durable = values.get("durable") == Some(&"yes");
+        Some(RecoveryState { boot_id: text_of("boot_id")?, target: text_of("target")?, end, is_durable })
     }
 }
 
@@ -103,9 +110,11 @@ mod tests {
             last_commit_at: Some("2026-11-21T09:59:00.25Z".parse().unwrap()),
         };
         for end in [None, Some(end), Some(FoundEnd { last_commit_at: None, ..end })] {
-            let state = RecoveryState { boot_id: String::from("b"), target: String::from("name a=b"), end };
-            state.save(directory.path()).unwrap();
-            assert_eq!(RecoveryState::load(directory.path()).unwrap(), Some(state.clone()));
+            for is_durable in [false, true] {
+                let state = RecoveryState { boot_id: "b".into(), target: "name a=b".into(), end, is_durable };
+                state.save(directory.path()).unwrap();
+                assert_eq!(RecoveryState::load(directory.path()).unwrap(), Some(state.clone()));
+            }
         }
         std::fs::write(path_in(directory.path()), "boot_id=b\ntarget=x\ntimeline=3\n").unwrap();
         assert_eq!(RecoveryState::load(directory.path()).unwrap_err().kind(), Kind::Damaged);

@@ -128,6 +128,12 @@ impl Cutter {
         }
     }
 
+    /// Whether a position was asked for and all log before it has been seen: what follows it does not matter, not even
+    /// that it is missing.
+    pub fn has_reached_position(&self) -> bool {
+        matches!(self.stop, Stop::AtLsn(_)) && self.is_satisfied()
+    }
+
     /// What the kept log holds.
     pub fn facts(&self) -> &Facts {
         &self.facts
