@@ -7,6 +7,7 @@ use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::JoinSet;
 
+use crate::base::bulk::run_blocking;
 use crate::base::clock::SystemClock;
 use crate::base::durable;
 use crate::error::{Context, Error, Kind, Result};
@@ -24,6 +25,7 @@ mod registry;
 mod repository;
 mod schedule;
 mod service;
+mod slots;
 mod sources;
 mod supervisor;
 mod views;
@@ -103,7 +105,7 @@ async fn serve(config: Config, config_path: &Path) -> Result<()> {
     // Not being started by systemd is no failure.
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
 
-    wait_for_the_end(identity.as_ref(), config_path).await?;
+    wait_for_the_end(&host, identity.as_ref(), config_path).await?;
     tracing::info!("agent of host '{}' is stopping", host.config.host.name);
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     runner.shut_down().await;
@@ -126,8 +128,8 @@ fn require_own_certificate(host: &str, identity: &Identity, config_path: &Path) 
     Err(Error::new(Kind::BadInput, what).hint(hint))
 }
 
-/// Waits for SIGTERM or SIGINT; SIGHUP reloads the certificates.
-async fn wait_for_the_end(identity: Option<&Arc<TlsIdentity>>, config_path: &Path) -> Result<()> {
+/// Waits for SIGTERM or SIGINT; SIGHUP reads the certificates and the configuration again.
+async fn wait_for_the_end(host: &Arc<Host>, identity: Option<&Arc<TlsIdentity>>, config_path: &Path) -> Result<()> {
     let what = || "cannot listen to signals";
     let mut terminate = signal(SignalKind::terminate()).context(what)?;
     let mut interrupt = signal(SignalKind::interrupt()).context(what)?;
@@ -143,8 +145,22 @@ async fn wait_for_the_end(identity: Option<&Arc<TlsIdentity>>, config_path: &Pat
                         Err(error) => tracing::error!("the old certificates stay: {error}"),
                     }
                 }
-                tracing::info!("changes in '{}' beside certificates need a restart", config_path.display());
+                match reload(host, config_path).await {
+                    Ok(()) => tracing::info!("'{}' is read again", config_path.display()),
+                    Err(error) => tracing::error!("the old configuration stays: {error}"),
+                }
             }
         }
     }
+}
+
+/// Takes the instances of the configuration file as it is now. The rest of it counts from the next start on.
+async fn reload(host: &Arc<Host>, config_path: &Path) -> Result<()> {
+    let path = config_path.to_path_buf();
+    let config = run_blocking("read the configuration", move || Config::load(&path)).await?;
+    host.reload_instances(&config.instances).await?;
+    if (Config { instances: host.config.instances.clone(), ..config }) != host.config {
+        tracing::warn!("changes in '{}' beside [[instance]] count after a restart only", config_path.display());
+    }
+    Ok(())
 }

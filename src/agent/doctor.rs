@@ -24,6 +24,7 @@ const STATE_FREE_BYTES_MIN: u64 = 100 << 20;
 /// The whole list, in the order in which a person would fix it.
 pub async fn examine(host: &Host) -> Vec<CheckItem> {
     let mut items = vec![user_item(&host.config), state_item(&host.config.host.state_dir)];
+    items.extend(host.peers.certificate_item());
     items.push(repository_item(host).await);
     items.extend(clone_items(&host.config));
     for instance in host.instances() {

@@ -9,9 +9,9 @@ use tokio_util::sync::CancellationToken;
 
 use crate::agent::config::{Config, InstanceConfig, ShipMode};
 use crate::agent::peers::Peers;
-use crate::agent::registry;
 use crate::agent::repository::RepositoryHandle;
 use crate::agent::supervisor::{Supervisor, Surroundings};
+use crate::agent::{registry, slots};
 use crate::base::child;
 use crate::base::clock::Clock;
 use crate::engine::Engine;
@@ -81,14 +81,63 @@ impl Host {
     }
 
     /// Starts a supervisor for every instance of the configuration and every accepted clone.
-    pub fn start_instances(&self) -> Result<()> {
+    /// Slots of instances that left the configuration while the agent did not run are given back.
+    pub fn start_instances(self: &Arc<Self>) -> Result<()> {
         for instance in &self.config.instances {
+            slots::remember(&self.config.host.state_dir, instance)?;
             self.start_instance(instance.clone());
         }
         for clone in registry::load(&self.config.host.state_dir)? {
             self.start_instance(clone.config);
         }
+        self.give_back_slots(&self.config.instances)
+    }
+
+    /// Takes the instances of a configuration that was read again: those that left it are stopped and what the agent
+    /// held on their servers is given back, those that differ begin again, new ones begin. Accepted clones stay.
+    pub async fn reload_instances(self: &Arc<Self>, instances: &[InstanceConfig]) -> Result<()> {
+        let clones = registry::load(&self.config.host.state_dir)?;
+        let is_clone = |name: &str| clones.iter().any(|clone| clone.config.name == name);
+        for running in self.instances() {
+            let name = &running.config.name;
+            if is_clone(name) || instances.contains(&running.config) {
+                continue;
+            }
+            running.stop().await;
+            self.write_supervisors().remove(name);
+            tracing::info!("instance '{name}' left the configuration or was changed in it: it is stopped");
+        }
+        for instance in instances {
+            if self.instance(&instance.name).is_ok() {
+                continue;
+            }
+            slots::remember(&self.config.host.state_dir, instance)?;
+            self.start_instance(instance.clone());
+            tracing::info!("instance '{}' begins", instance.name);
+        }
+        self.give_back_slots(instances)
+    }
+
+    fn give_back_slots(self: &Arc<Self>, instances: &[InstanceConfig]) -> Result<()> {
+        for held in slots::left_over(&self.config.host.state_dir, instances)? {
+            // It ends by itself, or when the agent stops.
+            tokio::spawn(slots::give_back(self.clone(), held));
+        }
         Ok(())
+    }
+
+    /// The engine of an instance that is not one of this host any more, only to give back what it holds.
+    pub fn engine_to_detach(&self, held: &slots::HeldSlot) -> Arc<dyn Engine> {
+        Arc::new(PostgresEngine::new(PostgresSource {
+            name: held.name.clone(),
+            data_dir: held.data_dir.clone(),
+            socket_dir: held.socket_dir.clone(),
+            port: held.port,
+            user: held.user.clone(),
+            run_as: held.run_as.clone(),
+            archive_command: self.archive_command(),
+            ship: postgres::ShipMode::ArchiveCommand,
+        }))
     }
 
     fn start_instance(&self, config: InstanceConfig) {

@@ -7,6 +7,7 @@ use crate::agent::config::Config;
 use crate::base::clock::Clock;
 use crate::base::retry::RetryPolicy;
 use crate::error::{Error, Kind, Result};
+use crate::model::check::CheckItem;
 use crate::peer::api::{Request, Response};
 use crate::peer::client::{Client, PeerObjects};
 use crate::peer::tls::TlsIdentity;
@@ -16,6 +17,7 @@ use crate::store::peer::PeerStore;
 /// A client for each configured peer; connections are made when they are needed.
 pub struct Peers {
     clients: BTreeMap<String, Arc<Client>>,
+    identity: Option<Arc<TlsIdentity>>,
     clock: Arc<dyn Clock>,
 }
 
@@ -28,7 +30,12 @@ impl Peers {
                 clients.insert(peer.name.clone(), Arc::new(Client::tls(&peer.address, &peer.name, identity.clone())));
             }
         }
-        Peers { clients, clock }
+        Peers { clients, identity: identity.cloned(), clock }
+    }
+
+    /// What `doctor` says about this host's own certificate; nothing where none is configured.
+    pub fn certificate_item(&self) -> Option<CheckItem> {
+        self.identity.as_ref().map(|identity| identity.check(self.clock.now()))
     }
 
     /// Asks the agent of a host by name.

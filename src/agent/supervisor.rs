@@ -104,7 +104,12 @@ impl Supervisor {
                         Err(error) => error,
                     }
                 }
-                Err(error) => error,
+                // Who must not archive this server holds nothing on it either.
+                Err(error) if is_refusal(&error) => error,
+                Err(error) => match self.engine.guard_log().await {
+                    Err(given_up) if given_up.kind() == Kind::Full => given_up,
+                    _ => error,
+                },
             };
             let is_news = self.lock().obstacle.as_ref() != Some(&error);
             if is_news {

@@ -338,14 +338,27 @@ impl Archiver {
     async fn look_once(&self, open_file: OpenFile) -> Result<Looked, Failure> {
         if self.lease.check().is_err() {
             // The machine slept, or the store was away: nothing can be shipped before the lease is renewed.
-            self.renew().await?;
+            if let Err(error) = self.renew().await {
+                // However long the store is away, what is held back on the server must not fill its disk.
+                self.engine.guard_log().await.map_err(Failure::of_server)?;
+                return Err(error.into());
+            }
         }
         let after = {
             let known = self.lock();
             // The server may ask about a file that sorts before what is settled: a companion of an old file.
             if known.asked.is_empty() { known.settled_file.clone() } else { None }
         };
-        let listing = self.engine.list_log(after.as_deref()).await.map_err(Failure::of_server)?;
+        let listing = match self.engine.list_log(after.as_deref()).await {
+            // Log that is gone does not come back: what there is behind it is shipped, and the hole is told.
+            Err(error) if error.kind() == Kind::NotFound && after.is_some() => {
+                tracing::warn!(incarnation = %self.incarnation(), "{error}");
+                self.lock().begin_anew();
+                self.engine.list_log(None).await
+            }
+            outcome => outcome,
+        };
+        let listing = listing.map_err(Failure::of_server)?;
         self.look_for_hole(&listing)?;
         let ship_open = open_file == OpenFile::Now || self.is_open_file_due();
         let limits = Limits { sealed_files_max: SEALED_FILES_PER_LOOK, compare_files_max: COMPARE_FILES, ship_open };

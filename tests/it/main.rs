@@ -6,6 +6,8 @@ mod bad_input;
 mod story_cost;
 mod engine_contract;
 mod story_fencing;
+mod story_held;
+mod story_schedule;
 mod jobs_fake;
 mod mysql_clone;
 mod story_killing;

@@ -1,10 +1,12 @@
 //! What a backup and a clone cost: bytes written, memory, and the memory of an agent with nothing to do. Prints the
 //! numbers and holds them against what is promised. `KEIKI_STORY_FULL=1` takes a database of 3 GB instead of 0.3 GB.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use super::story_schedule::complaints;
 use super::support::hosts::{free_port, wait_for};
 use super::support::two_hosts::{SOON, Ship, TwoHosts, Via, job, step};
 
@@ -25,6 +27,7 @@ fn story_cost_of_a_backup_and_a_clone_is_what_is_promised() {
     let counted = if cfg!(debug_assertions) { idle.1 } else { idle.0 };
     assert!(counted <= IDLE_LIMIT_BYTES, "an idle agent has {:.1} MiB", mib(counted));
 
+    let source_before = source_facts(&stage);
     let rows = if std::env::var_os("KEIKI_STORY_FULL").is_some_and(|full| full == "1") { ROWS_FULL } else { ROWS };
     stage.source.sql(&format!(
         "CREATE TABLE big AS SELECT i, md5(i::text) || repeat(md5(i::text), 30) AS filler FROM generate_series(1, {rows}) AS i"
@@ -71,6 +74,22 @@ fn story_cost_of_a_backup_and_a_clone_is_what_is_promised() {
     println!("memory of the target's agent {:>8.1} MiB at most", mib(peak));
     assert!(peak <= MEMORY_LIMIT_BYTES, "the target's agent had {:.1} MiB", mib(peak));
     stage.b.keiki_ok(&["discard", "copy", "--yes"]);
+    let source_after = source_facts(&stage);
+    println!("the source                   {source_after:?}");
+    assert_eq!(source_after, source_before, "the source was restarted, reconfigured, or an archive_command failed");
+    let log = stage.source.log_text();
+    assert_eq!(complaints(&log), Vec::<&str>::new(), "the source has something to complain about");
+}
+
+/// What must be the same before and after: since when the source runs, its settings, how often its archive_command
+/// failed.
+fn source_facts(stage: &TwoHosts) -> BTreeMap<&'static str, String> {
+    let settings = "SELECT md5(string_agg(name || '=' || coalesce(setting, ''), ',' ORDER BY name)) FROM pg_settings";
+    BTreeMap::from([
+        ("runs since", stage.source.sql("SELECT pg_postmaster_start_time()")),
+        ("settings", stage.source.sql(settings)),
+        ("failed archive_command", stage.source.sql("SELECT failed_count FROM pg_stat_archiver")),
+    ])
 }
 
 struct Written {

@@ -104,6 +104,12 @@ impl Known {
         }
     }
 
+    /// The next listing begins wherever the server's log begins now, and what is missing before it is looked for.
+    pub fn begin_anew(&mut self) {
+        self.settled_file = None;
+        self.looked_for_hole = false;
+    }
+
     pub fn status(&self, engine_version: &str, now: Timestamp) -> ArchiveStatus {
         let behind = self.behind_since.map_or(0, |since| now.duration_since(since).as_secs());
         ArchiveStatus {

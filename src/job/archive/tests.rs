@@ -191,6 +191,44 @@ async fn an_agent_that_dies_in_the_middle_leaves_neither_gap_nor_duplicate() {
 }
 
 #[tokio::test]
+async fn log_that_the_server_forgets_during_a_run_is_a_hole_and_what_follows_is_shipped() {
+    let clock = manual();
+    let site = Site::new(clock.clone()).await;
+    let archiver = site.claim(holder(1)).await.unwrap();
+    let write = |values: std::ops::Range<u64>| {
+        for value in values {
+            site.database.write(value).unwrap();
+        }
+    };
+    write(0..128);
+    archiver.ship_now().await.unwrap();
+    write(128..129);
+    archiver.ship_now().await.unwrap();
+    // The repository is away for longer than the server keeps what was not shipped.
+    site.faults.inject(Operation::PutStream, When::Every, Fault::Fail(Kind::Unreachable));
+    write(129..400);
+    assert_eq!(archiver.look(OpenFile::Now).await.unwrap_err().kind(), Kind::Unreachable);
+    for number in site.database.log_files().unwrap().into_iter().filter(|number| *number <= 3) {
+        std::fs::remove_file(site.directory.path().join("db/log").join(file_name(number))).unwrap();
+    }
+    site.faults.clear();
+    let end = archiver.ship_now().await.unwrap();
+    assert_eq!(end.position, Position::Count(400));
+    let status = archiver.status();
+    assert_eq!(status.state, ArchiveState::Archiving);
+    let hole = status.hole.unwrap();
+    assert_eq!((hole.from, hole.to), (Position::Count(129), Position::Count(4 * 64)));
+    // The next ones go on from there.
+    write(400..500);
+    assert_eq!(archiver.ship_now().await.unwrap().position, Position::Count(500));
+    let catalogue = LogCatalogue::load(site.repo.clone(), archiver.incarnation()).await.unwrap();
+    for (number, bytes) in [(4, 64), (5, 64), (6, 64), (7, 52)] {
+        let file = catalogue.file(&file_name(number)).await.unwrap().unwrap();
+        assert_eq!(file.bytes, bytes * RECORD_BYTES as u64, "file {number}");
+    }
+}
+
+#[tokio::test]
 async fn a_second_agent_with_a_copy_of_the_state_changes_nothing_and_says_who_has_the_archive() {
     let site = Site::new(manual()).await;
     let first = site.claim(alive()).await.unwrap();
