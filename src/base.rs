@@ -7,6 +7,8 @@ pub mod durable;
 pub mod journal;
 pub mod memory;
 pub mod random;
+pub mod rate;
+pub mod resolve;
 pub mod retry;
 pub mod users;
 pub mod watch;

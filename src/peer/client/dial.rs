@@ -1,26 +1,23 @@
 //! Making connections: to a control socket, or by name and address to another host.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use hickory_resolver::config::{LookupIpStrategy, ResolverConfig};
-use hickory_resolver::net::runtime::TokioRuntimeProvider;
-use hickory_resolver::{ResolverBuilder, TokioResolver};
 use hyper::client::conn::http1::{SendRequest, handshake};
 use hyper_util::rt::TokioIo;
 use nix::sys::socket::{setsockopt, sockopt};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpStream, UnixStream};
 
+use crate::base::resolve::resolve;
 use crate::error::{Error, Kind, Result};
 use crate::peer::body::{Outgoing, broken};
 use crate::peer::tls::{TlsIdentity, explain_client_side};
 
 /// For one address: the connection and the handshake.
 const CONNECT_SECONDS_MAX: u64 = 10;
-const RESOLVE_SECONDS_MAX: u64 = 10;
 /// A host that has vanished is noticed after this, even in the middle of waiting. Longer than the servers' own
 /// patience, because Linux also ends connections whose other end merely does not read (tcp(7), TCP_USER_TIMEOUT).
 const SILENCE_SECONDS_MAX: u32 = 120;
@@ -140,50 +137,4 @@ pub fn tune(socket: &TcpStream) {
     let _ = setsockopt(socket, sockopt::TcpKeepIdle, &(SILENCE_SECONDS_MAX / 4));
     let _ = setsockopt(socket, sockopt::TcpKeepInterval, &10);
     let _ = setsockopt(socket, sockopt::TcpUserTimeout, &(SILENCE_SECONDS_MAX * 1000));
-}
-
-/// The addresses behind `name:port`. Never getaddrinfo(3), which loads foreign modules into a static binary.
-async fn resolve(address: &str) -> Result<Vec<SocketAddr>> {
-    if let Ok(numeric) = address.parse::<SocketAddr>() {
-        return Ok(vec![numeric]);
-    }
-    let bad = || Error::new(Kind::BadInput, format!("'{address}' is not an address with a port"));
-    let (name, port) = address.rsplit_once(':').ok_or_else(bad)?;
-    let port: u16 = port.parse().map_err(|_| bad())?;
-    let unknown = |why: String| {
-        Error::new(Kind::Unreachable, format!("cannot find the address of '{name}': {why}"))
-            .hint("is the name right, and does 'getent hosts NAME' know it? an IP address always works")
-    };
-    // A new resolver each time: connections are kept, so this is rare, and changed files count at once.
-    let resolver = resolver().map_err(|error| unknown(error.to_string()))?;
-    let deadline = Duration::from_secs(RESOLVE_SECONDS_MAX);
-    let found = tokio::time::timeout(deadline, resolver.lookup_ip(name))
-        .await
-        .map_err(|_| unknown(format!("no answer within {RESOLVE_SECONDS_MAX} seconds")))?
-        .map_err(|error| unknown(error.to_string()))?;
-    let mut found: Vec<IpAddr> = found.iter().collect();
-    found.sort_by_key(IpAddr::is_ipv6);
-    Ok(found.into_iter().map(|ip| SocketAddr::new(ip, port)).collect())
-}
-
-/// Asks the servers of `/etc/resolv.conf` after `/etc/hosts`; without the former only the latter.
-fn resolver() -> std::result::Result<TokioResolver, hickory_resolver::net::NetError> {
-    let mut builder: ResolverBuilder<_> = match TokioResolver::builder_tokio() {
-        Ok(builder) => builder,
-        Err(_) => TokioResolver::builder_with_config(ResolverConfig::default(), TokioRuntimeProvider::default()),
-    };
-    builder.options_mut().ip_strategy = LookupIpStrategy::Ipv4AndIpv6;
-    builder.build()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[tokio::test]
-    async fn numbers_and_names_of_the_hosts_file_need_no_server() {
-        assert_eq!(resolve("10.0.0.2:7420").await.unwrap(), ["10.0.0.2:7420".parse().unwrap()]);
-        assert_eq!(resolve("[fd00::2]:7420").await.unwrap(), ["[fd00::2]:7420".parse().unwrap()]);
-        assert!(resolve("localhost:7420").await.unwrap().contains(&"127.0.0.1:7420".parse().unwrap()));
-    }
 }
