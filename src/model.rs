@@ -5,6 +5,7 @@
 
 pub mod backup;
 pub mod bytes_text;
+pub mod capabilities;
 pub mod check;
 pub mod engine_kind;
 pub mod id;

@@ -9,13 +9,14 @@
 //! * A put or delete that fails with a temporary error may have happened all the same (its answer was lost); one that
 //!   fails otherwise has not. Who repeats a `Create` and meets `Conflict` compares the object with what it wanted.
 //! * A directory cannot hold an object `a` beside an object `a/b`; so no layout may use both. Such a store answers with
-//!   `Conflict`.
+//!   `Conflict`; some go on doing so for `a` after `a/b` has gone.
 
 pub mod faulty;
 pub mod fs;
 pub mod memory;
 pub mod peer;
 pub mod read;
+pub mod s3;
 
 use std::fmt;
 use std::ops::Range;
@@ -26,6 +27,7 @@ use bytes::Bytes;
 use futures_util::Stream;
 
 use crate::error::{Error, Kind, Result};
+use crate::model::capabilities::Capabilities;
 
 /// A body in pieces. An error ends it.
 pub type ByteStream = Pin<Box<dyn Stream<Item = Result<Bytes>> + Send>>;
@@ -64,7 +66,8 @@ impl fmt::Display for Key {
     }
 }
 
-/// Changes whenever the object changes; means something to the store that gave it only.
+/// Changes whenever the bytes of the object change, and may stay when it is replaced by the same bytes (S3 hashes them);
+/// means something to the store that gave it only.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Tag(pub String);
 
@@ -113,8 +116,15 @@ pub trait Store: Send + Sync {
     /// Removes objects; those that are not there count as removed.
     async fn delete(&self, keys: &[Key]) -> Result<()>;
 
-    /// Where this store is, for messages: `file:///srv/keiki`, `peer://a`.
+    /// Where this store is, for messages: `file:///srv/keiki`, `s3://backups/keiki`, `peer://a`.
     fn describe(&self) -> String;
+
+    /// Tries what this store can do beyond the least, once, when a repository is begun in it; nothing if there is
+    /// nothing to try, because the store does by itself whatever the contract asks.
+    async fn probe(&self) -> Result<Option<Capabilities>>;
+
+    /// Tells the store what was found out when the repository in it was begun. Who wraps a store hands this on.
+    fn adopt(&self, found: &Capabilities);
 }
 
 /// What `put_stream` answers to a condition that it does not support.

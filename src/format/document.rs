@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Kind, Result};
 use crate::format::{FORMAT_VERSION, instant, unsupported_version};
+use crate::model::capabilities::{Capabilities, ChecksumKind};
 use crate::model::engine_kind::EngineKind;
 use crate::model::id::{IncarnationId, JobId, RepositoryId, RunId};
 use crate::model::incarnation::{Incarnation, Lease, LeaseHolder};
@@ -23,6 +24,8 @@ pub const DOCUMENT_BYTES_MAX: usize = 64 << 10;
 pub struct Header {
     pub repository: RepositoryId,
     pub created_at: Timestamp,
+    /// What its object store can do, where that had to be found out.
+    pub capabilities: Option<Capabilities>,
 }
 
 /// A lease as it is stored: the lease, and whether its holder has given it up for good.
@@ -49,6 +52,19 @@ struct HeaderDocument {
     #[serde(with = "instant")]
     created_at: Timestamp,
     encryption: EncryptionDocument,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    capabilities: Option<CapabilitiesDocument>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct CapabilitiesDocument {
+    conditional_create: bool,
+    conditional_replace: bool,
+    conditional_complete: bool,
+    ordered_listing: bool,
+    /// Kinds that are not known here are not used.
+    checksums: Vec<String>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -158,6 +174,13 @@ impl Header {
             repository_id: self.repository.to_string(),
             created_at: self.created_at,
             encryption: EncryptionDocument::None,
+            capabilities: self.capabilities.as_ref().map(|found| CapabilitiesDocument {
+                conditional_create: found.conditional_create,
+                conditional_replace: found.conditional_replace,
+                conditional_complete: found.conditional_complete,
+                ordered_listing: found.ordered_listing,
+                checksums: found.checksums.iter().map(|kind| kind.name().to_string()).collect(),
+            }),
         })
     }
 
@@ -168,6 +191,13 @@ impl Header {
         Ok(Header {
             repository: field(key, RepositoryId::parse(&document.repository_id))?,
             created_at: document.created_at,
+            capabilities: document.capabilities.map(|found| Capabilities {
+                conditional_create: found.conditional_create,
+                conditional_replace: found.conditional_replace,
+                conditional_complete: found.conditional_complete,
+                ordered_listing: found.ordered_listing,
+                checksums: found.checksums.iter().filter_map(|name| ChecksumKind::from_name(name)).collect(),
+            }),
         })
     }
 }
@@ -296,6 +326,21 @@ mod tests {
         assert_eq!((lease.lease.epoch, lease.lease.holder.process_start_ticks), (7, 123456));
         assert_eq!(lease.to_bytes().unwrap(), LEASE);
         assert_eq!(Work::parse("w", WORK).unwrap().to_bytes().unwrap(), WORK);
+    }
+
+    #[test]
+    fn what_an_object_store_can_do_is_part_of_the_header() {
+        let capabilities = Capabilities {
+            conditional_create: true,
+            conditional_complete: true,
+            checksums: vec![ChecksumKind::Crc32c, ChecksumKind::Md5],
+            ..Capabilities::default()
+        };
+        let header = Header { capabilities: Some(capabilities), ..Header::parse("h", HEADER).unwrap() };
+        let bytes = header.to_bytes().unwrap();
+        assert_eq!(Header::parse("h", &bytes).unwrap(), header);
+        let later = String::from_utf8(bytes).unwrap().replace("\"crc32c\"", "\"crc32c\", \"crc64nvme\"");
+        assert_eq!(Header::parse("h", later.as_bytes()).unwrap(), header);
     }
 
     #[test]

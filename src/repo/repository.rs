@@ -8,6 +8,7 @@ use jiff::Timestamp;
 use crate::error::{Error, Kind, Result};
 use crate::format::document::{DOCUMENT_BYTES_MAX, Header};
 use crate::format::layout;
+use crate::model::capabilities::Capabilities;
 use crate::model::id::RepositoryId;
 use crate::store::read::get_optional;
 use crate::store::{Key, PutCondition, Store};
@@ -19,12 +20,15 @@ pub struct Repository {
 }
 
 impl Repository {
-    /// Begins a repository in an empty store. One that is there already, or remains of one, are a `Conflict`.
+    /// Begins a repository in an empty store, after trying what the store can do. One that is there already, or remains of one, are a `Conflict`.
     pub async fn init(store: Arc<dyn Store>, now: Timestamp) -> Result<Arc<Repository>> {
         let where_it_is = store.describe();
         let refuse =
             |why: &str| Error::new(Kind::Conflict, format!("cannot initialise repository '{where_it_is}': {why}"));
-        let exists = || refuse("there is a repository already").hint("it can be used as it is");
+        let exists = || {
+            refuse("there is a repository already")
+                .hint("it can be used as it is; to begin another one, choose another directory or prefix for it")
+        };
         let key = Key::parse(layout::HEADER_KEY)?;
         if store.head(&key).await?.is_some() {
             return Err(exists());
@@ -34,7 +38,11 @@ impl Repository {
                 "was the header deleted? Put it back from a copy of the bucket; to begin anew, use an empty prefix",
             ));
         }
-        let header = Header { repository: RepositoryId::fresh(), created_at: now };
+        let probed = store.probe().await;
+        let capabilities =
+            probed.map_err(|error| error.while_doing(format!("cannot initialise repository '{where_it_is}'")))?;
+        store.adopt(&capabilities.clone().unwrap_or_default());
+        let header = Header { repository: RepositoryId::fresh(), created_at: now, capabilities };
         match store.put(&key, Bytes::from(header.to_bytes()?), PutCondition::Create).await {
             Ok(_) => Ok(Arc::new(Repository { store, header })),
             // Somebody else was faster, or the answer to an earlier attempt of this very call was lost.
@@ -55,6 +63,7 @@ impl Repository {
                 .hint("is the address right? 'keiki repository init' begins a new one"));
         };
         let header = Header::parse(layout::HEADER_KEY, &bytes).map_err(|error| error.while_doing(&what))?;
+        store.adopt(&header.capabilities.clone().unwrap_or_default());
         Ok(Arc::new(Repository { store, header }))
     }
 
@@ -68,6 +77,11 @@ impl Repository {
 
     pub fn created_at(&self) -> Timestamp {
         self.header.created_at
+    }
+
+    /// What its object store can do, where that had to be found out when it was begun.
+    pub fn capabilities(&self) -> Option<&Capabilities> {
+        self.header.capabilities.as_ref()
     }
 
     /// Where it is, for messages.

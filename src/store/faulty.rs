@@ -13,6 +13,7 @@ use futures_util::{StreamExt, stream};
 
 use super::{ByteStream, Key, ObjectInfo, PutCondition, Store, Tag};
 use crate::error::{Error, Kind, Result};
+use crate::model::capabilities::Capabilities;
 
 /// The calls of a store that a rule can strike.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -246,5 +247,13 @@ impl Store for FaultyStore {
 
     fn describe(&self) -> String {
         self.inner.describe()
+    }
+
+    async fn probe(&self) -> Result<Option<Capabilities>> {
+        self.inner.probe().await
+    }
+
+    fn adopt(&self, found: &Capabilities) {
+        self.inner.adopt(found);
     }
 }

@@ -37,6 +37,7 @@ use crate::base::bulk::{run_blocking, run_on_thread};
 use crate::base::durable::{create_dir_all_durable, free_bytes, fsync_dir, parent_of, rename_without_replacing};
 use crate::base::random::random_u64;
 use crate::error::{Context, Error, Kind, Result};
+use crate::model::capabilities::Capabilities;
 
 /// Where unfinished objects and lock files are, below the root.
 const WORK_DIRECTORY: &str = ".tmp";
@@ -450,4 +451,10 @@ impl Store for FsStore {
     fn describe(&self) -> String {
         format!("file://{}", self.inner.root.display())
     }
+
+    async fn probe(&self) -> Result<Option<Capabilities>> {
+        Ok(None)
+    }
+
+    fn adopt(&self, _: &Capabilities) {}
 }

@@ -11,6 +11,7 @@ use futures_util::StreamExt;
 use super::read::body_from_bytes;
 use super::{ByteStream, Key, LIST_PAGE_OBJECTS_MAX, ObjectInfo, PutCondition, Store, Tag};
 use crate::error::{Error, Kind, Result};
+use crate::model::capabilities::Capabilities;
 
 /// See the module.
 #[derive(Default)]
@@ -129,4 +130,10 @@ impl Store for MemoryStore {
     fn describe(&self) -> String {
         format!("memory://{}", self.name)
     }
+
+    async fn probe(&self) -> Result<Option<Capabilities>> {
+        Ok(None)
+    }
+
+    fn adopt(&self, _: &Capabilities) {}
 }

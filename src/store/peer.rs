@@ -25,6 +25,7 @@ use super::{ByteStream, Key, ObjectInfo, PutCondition, Store, Tag};
 use crate::base::clock::Clock;
 use crate::base::retry::{RetryPolicy, retry};
 use crate::error::{Error, Kind, Result};
+use crate::model::capabilities::Capabilities;
 
 /// See the module. Cheap to clone.
 #[derive(Clone)]
@@ -213,5 +214,13 @@ impl Store for PeerStore {
 
     fn describe(&self) -> String {
         self.carrier.describe()
+    }
+
+    async fn probe(&self) -> Result<Option<Capabilities>> {
+        self.carrier.probe().await
+    }
+
+    fn adopt(&self, found: &Capabilities) {
+        self.carrier.adopt(found);
     }
 }

@@ -21,6 +21,9 @@ use keiki::store::memory::MemoryStore;
 use keiki::store::peer::PeerStore;
 use keiki::store::{Key, Store};
 
+use crate::support::s3::in_process::{self, Conditions};
+use crate::support::s3::{Weed, fresh_prefix, open};
+
 /// A fresh store and what must live as long as it does.
 pub struct Fixture {
     pub store: Arc<dyn Store>,
@@ -66,6 +69,30 @@ pub fn through_peer(fixture: Fixture) -> Fixture {
     Fixture { store: Arc::new(PeerStore::over(fixture.store, Arc::new(SystemClock), policy)), ..fixture }
 }
 
+/// A prefix of its own on the real server, with what the server can do found out by trying.
+pub async fn s3_on_seaweedfs() -> Fixture {
+    let store = s3_by_claims().await.store;
+    let found = store.probe().await.unwrap().unwrap();
+    assert!(found.conditional_create && found.conditional_replace && found.conditional_complete, "{found:?}");
+    store.adopt(&found);
+    Fixture { store, directory: None }
+}
+
+/// The same as long as nothing is known about the server.
+pub async fn s3_by_claims() -> Fixture {
+    let mut options = Weed::shared().options(&fresh_prefix());
+    options.part_bytes = 5 << 20;
+    Fixture { store: open(options).await, directory: None }
+}
+
+/// s3s-fs does not honour conditions under a race, so it is used as a server that does not honour them at all.
+pub async fn s3_in_process() -> Fixture {
+    let directory = tempfile::tempdir().unwrap();
+    let mut options = in_process::start(directory.path(), Conditions::Ignored).await;
+    options.part_bytes = 5 << 20;
+    Fixture { store: open(options).await, directory: Some(directory) }
+}
+
 /// Every kind of call fails now and then, half of the failures after the work was done, and long bodies break.
 fn broken_connection() -> Faults {
     let faults = Faults::new();
@@ -109,6 +136,26 @@ macro_rules! contract_holds_for {
     };
 }
 
+contract_holds_for!(of_s3_on_seaweedfs, s3_on_seaweedfs().await);
+contract_holds_for!(of_s3_on_seaweedfs_by_claims, s3_by_claims().await);
+// Left out is what s3s-fs cannot do, which keeps keys as paths of a file system: it answers 500 to a question for a key
+// that is a directory, its listings say nothing of tags, and a name must leave room for what it adds to it. The server
+// above it does all of this by the same code.
+contract_holds_for!(
+    of_s3_in_process_without_conditions,
+    s3_in_process().await,
+    [
+        a_range_gives_exactly_its_bytes_and_a_wrong_one_is_refused,
+        a_replaced_object_has_another_tag_each_time,
+        of_racing_creates_one_wins_and_its_bytes_stay,
+        of_racing_if_match_puts_one_wins,
+        an_if_match_put_fails_when_the_object_changed_or_went,
+        a_streamed_object_is_whole,
+        a_stream_that_fails_stores_nothing,
+        a_stream_that_is_given_up_stores_nothing,
+        a_reader_sees_the_old_or_the_new_object_and_never_a_mixture,
+    ]
+);
 contract_holds_for!(of_memory, memory());
 contract_holds_for!(of_a_directory, directory());
 contract_holds_for!(of_memory_behind_no_faults, behind_faults(memory(), &Faults::new()));

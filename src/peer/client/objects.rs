@@ -11,6 +11,7 @@ use bytes::Bytes;
 
 use super::Client;
 use crate::error::{Error, Kind, Result};
+use crate::model::capabilities::Capabilities;
 use crate::peer::api::{ObjectFacts, PutWhen, Request, Response};
 use crate::store::read::body_from_bytes;
 use crate::store::{ByteStream, Key, ObjectInfo, PutCondition, Store, Tag};
@@ -116,4 +117,11 @@ impl Store for PeerObjects {
     fn describe(&self) -> String {
         format!("peer://{}", self.host)
     }
+
+    async fn probe(&self) -> Result<Option<Capabilities>> {
+        // The agent that owns the repository has done so.
+        Ok(None)
+    }
+
+    fn adopt(&self, _: &Capabilities) {}
 }

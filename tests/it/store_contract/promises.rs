@@ -92,8 +92,14 @@ pub async fn what_is_not_there_is_not_found_and_may_be_deleted(store: Arc<dyn St
     store.delete(&[key("a/c/d")]).await.unwrap();
     assert!(all_keys(&*store, "", None).await.is_empty());
     assert!(all_keys(&*store, "a/c/", None).await.is_empty());
-    // Where the last object went, a new one can come; and a name that led to others can be an object now.
-    put(&*store, "a/c", &noise(3, 4), PutCondition::Create).await;
+    // Where the last object went, a new one can come; and a name that led to others can be an object now, or is still
+    // refused as one.
+    put(&*store, "a/c/d", &noise(3, 4), PutCondition::Create).await;
+    store.delete(&[key("a/c/d")]).await.unwrap();
+    match store.put(&key("a/c"), noise(3, 4), PutCondition::Create).await {
+        Ok(_) => assert_eq!(read_all(&*store, &key("a/c"), 3).await.unwrap(), noise(3, 4)),
+        Err(error) => assert_eq!(error.kind(), Kind::Conflict, "{error}"),
+    }
 }
 
 pub async fn of_racing_creates_one_wins_and_its_bytes_stay(store: Arc<dyn Store>) {
@@ -129,11 +135,14 @@ pub async fn of_racing_creates_one_wins_and_its_bytes_stay(store: Arc<dyn Store>
 pub async fn of_racing_if_match_puts_one_wins(store: Arc<dyn Store>) {
     let name = key("lease");
     let mut tag = put(&*store, "lease", &noise(50, 99), PutCondition::Create).await;
-    for _ in 0..5 {
+    // No bytes come twice: a tag may say nothing about a replacement by the same ones.
+    for round in 1..=5 {
         let mut tasks = JoinSet::new();
         for writer in 0..16u64 {
             let (store, name, tag) = (store.clone(), name.clone(), tag.clone());
-            tasks.spawn(async move { (writer, store.put(&name, noise(50, writer), PutCondition::IfMatch(tag)).await) });
+            tasks.spawn(async move {
+                (writer, store.put(&name, noise(50, round * 100 + writer), PutCondition::IfMatch(tag)).await)
+            });
         }
         let mut winners = Vec::new();
         while let Some(done) = tasks.join_next().await {
@@ -144,7 +153,7 @@ pub async fn of_racing_if_match_puts_one_wins(store: Arc<dyn Store>) {
         }
         assert_eq!(winners.len(), 1);
         let (writer, new) = winners.pop().unwrap();
-        assert_eq!(read_all(&*store, &name, 50).await.unwrap(), noise(50, writer));
+        assert_eq!(read_all(&*store, &name, 50).await.unwrap(), noise(50, round * 100 + writer));
         tag = new;
     }
 }
