@@ -16,10 +16,12 @@ use crate::model::id::check_name;
 pub use crate::peer::access::AllowRule;
 use crate::peer::access::{Permission, check_who};
 pub use crate::peer::tls::TlsConfig;
+pub use repository::{RepositoryConfig, RepositoryUrl, S3Config};
 pub use schedule::{BackupWindow, next_start};
 
 mod place;
 mod raw;
+mod repository;
 mod schedule;
 mod value;
 
@@ -50,20 +52,6 @@ pub struct HostConfig {
     pub name: String,
     pub state_dir: PathBuf,
     pub control_socket: PathBuf,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct RepositoryConfig {
-    pub url: RepositoryUrl,
-}
-
-/// Where the repository lies.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum RepositoryUrl {
-    /// `file:///srv/keiki`.
-    File(PathBuf),
-    /// `peer://a`: through the agent of that host.
-    Peer(String),
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -148,6 +136,10 @@ pub struct LimitsConfig {
     pub clone_lanes: usize,
     /// Connections that are served at the same time, over TLS and over the control socket each.
     pub connections: usize,
+    /// Bytes per second to and from the object store, of everything that the agent does together; nothing means as
+    /// many as there can be.
+    pub upload_bytes_per_second: Option<u64>,
+    pub download_bytes_per_second: Option<u64>,
 }
 
 impl Config {
@@ -286,11 +278,28 @@ impl Reader<'_> {
                 backup_lanes: self.number_or(&raw.limits.backup_lanes, 4, 1..=64)?,
                 clone_lanes: self.number_or(&raw.limits.clone_lanes, 4, 1..=64)?,
                 connections: self.number_or(&raw.limits.connections, 128, 4..=4096)?,
+                upload_bytes_per_second: self.rate(&raw.limits.upload)?,
+                download_bytes_per_second: self.rate(&raw.limits.download)?,
             },
             host,
             listen,
             tls,
             peers,
+        })
+    }
+
+    /// Bytes per second: `50MiB`. Slower than anything that can work is a mistake.
+    fn rate(&self, text: &Option<raw::Text>) -> Result<Option<u64>> {
+        let Some(text) = text else { return Ok(None) };
+        self.parse(text, |rate| {
+            if rate == "unlimited" {
+                return Ok(None);
+            }
+            match value::parse_size(rate)? {
+                bytes if bytes >= 64 << 10 => Ok(Some(bytes)),
+                _ => Err(Error::new(Kind::BadInput, format!("'{rate}' per second is too little to work with"))
+                    .hint("write at least '64KiB', or 'unlimited'")),
+            }
         })
     }
 
@@ -323,25 +332,6 @@ impl Reader<'_> {
             peers.push(PeerConfig { name, address });
         }
         Ok(peers)
-    }
-
-    fn repository(&self, raw: &raw::RawRepository, peers: &[PeerConfig]) -> Result<RepositoryConfig> {
-        let url = self.parse(&raw.url, |url| {
-            if let Some(path) = url.strip_prefix("file://") {
-                if Path::new(path).is_absolute() {
-                    return Ok(RepositoryUrl::File(PathBuf::from(path)));
-                }
-                return Err(Error::new(Kind::BadInput, format!("'{url}' does not name an absolute path"))
-                    .hint("write three slashes, as in 'file:///srv/keiki'"));
-            }
-            let Some(peer) = url.strip_prefix("peer://") else { return Err(place::unknown_url(url)) };
-            if peers.iter().any(|known| known.name == peer) {
-                return Ok(RepositoryUrl::Peer(peer.to_string()));
-            }
-            let hint = format!("add a [[peer]] with name = \"{peer}\" and its address");
-            Err(Error::new(Kind::BadInput, format!("'{url}' names a host that is not a peer")).hint(hint))
-        })?;
-        Ok(RepositoryConfig { url })
     }
 
     fn instances(&self, raw: &[raw::RawInstance]) -> Result<Vec<InstanceConfig>> {

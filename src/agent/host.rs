@@ -44,7 +44,7 @@ pub struct Host {
 impl Host {
     /// Puts the parts together; nothing runs before [`Host::start_instances`].
     pub fn new(config: Config, clock: Arc<dyn Clock>, peers: Arc<Peers>) -> Result<Arc<Host>> {
-        let repository = Arc::new(RepositoryHandle::new(config.repository.url.clone(), peers.clone()));
+        let repository = Arc::new(RepositoryHandle::new(&config, peers.clone(), clock.clone()));
         let process_id = std::process::id();
         let holder = LeaseHolder {
             host: config.host.name.clone(),

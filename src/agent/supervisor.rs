@@ -44,6 +44,9 @@ pub struct Surroundings {
     pub ship_lanes: usize,
 }
 
+/// For how long the status waits for the repository.
+const STATUS_PATIENCE: Duration = Duration::from_secs(3);
+
 /// An instance of this host with the task that archives it.
 pub struct Supervisor {
     pub config: InstanceConfig,
@@ -214,7 +217,9 @@ impl Supervisor {
 
     /// What `keiki status` shows.
     pub async fn status(&self) -> InstanceStatus {
-        let last_backup = self.backups().await.ok().and_then(|backups| backups.last().cloned());
+        // A repository that does not answer must not hold up the status, which says so.
+        let last_backup = tokio::time::timeout(STATUS_PATIENCE, self.backups()).await;
+        let last_backup = last_backup.ok().and_then(Result::ok).and_then(|backups| backups.last().cloned());
         let mut status = InstanceStatus {
             name: self.config.name.clone(),
             engine: self.config.engine.name().to_string(),

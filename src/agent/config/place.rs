@@ -23,16 +23,13 @@ pub fn deserialize(text: &str) -> Result<RawConfig> {
 }
 
 fn is_known_url(url: &str) -> bool {
-    url.starts_with("file://") || url.starts_with("peer://")
+    ["file://", "peer://", "s3://"].iter().any(|scheme| url.starts_with(scheme))
 }
 
 /// What to say about the URL of a repository of no known kind.
 pub fn unknown_url(url: &str) -> Error {
-    let hint = "use 'file:///srv/keiki' (a directory, a mounted share) or 'peer://HOST' (through another agent)";
-    if url.starts_with("s3://") {
-        return Error::new(Kind::Unsupported, format!("'{url}': this version cannot keep a repository in S3"))
-            .hint(hint);
-    }
+    let hint = "use 's3://BUCKET/PREFIX', 'file:///srv/keiki' (a directory, a mounted share) or 'peer://HOST' (through \
+                another agent)";
     Error::new(Kind::BadInput, format!("'{url}' is not the URL of a repository")).hint(hint)
 }
 

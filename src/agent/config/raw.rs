@@ -52,6 +52,19 @@ pub struct RawTls {
 #[serde(deny_unknown_fields)]
 pub struct RawRepository {
     pub url: Text,
+    pub endpoint: Option<Text>,
+    pub region: Option<Text>,
+    pub path_style: Option<Spanned<bool>>,
+    pub ca: Option<Text>,
+    pub credentials_file: Option<Text>,
+    pub profile: Option<Text>,
+    pub encryption: Option<Text>,
+    pub kms_key: Option<Text>,
+    pub storage_class: Option<Text>,
+    pub tags: Option<Spanned<Vec<String>>>,
+    pub part_size: Option<Text>,
+    pub timeout: Option<Text>,
+    pub connections: Option<Number>,
 }
 
 #[derive(Deserialize)]
@@ -132,4 +145,6 @@ pub struct RawLimits {
     pub backup_lanes: Option<Number>,
     pub clone_lanes: Option<Number>,
     pub connections: Option<Number>,
+    pub upload: Option<Text>,
+    pub download: Option<Text>,
 }

@@ -1,6 +1,7 @@
 //! Unit tests of `config`.
 
 use super::*;
+use crate::store::s3::{Encryption, PutOptions};
 
 const SMALL: &str = "[host]\nname = \"a\"\n[repository]\nurl = \"file:///srv/keiki\"\n";
 const TLS: &str = "[tls]\nca = \"/t/ca.pem\"\ncertificate = \"/t/a.pem\"\nkey = \"/t/a.key\"\n";
@@ -57,7 +58,7 @@ fn a_misspelt_key_is_named_with_its_line_and_the_key_that_was_meant() {
         refusal(&format!("{SMALL}wal_level = 1\n")),
         @r#"
     line 5, key 'repository.wal_level': there is no such key
-    hint: known here: url
+    hint: known here: url, endpoint, region, path_style, ca, credentials_file, profile, encryption, kms_key, storage_class, tags, part_size, timeout, connections
     "#
     );
 }
@@ -229,17 +230,10 @@ fn what_is_not_toml_is_named_with_its_line() {
 fn a_repository_that_cannot_be_used_is_refused() {
     let url = |url: &str| refusal(&format!("[host]\nname = \"a\"\n[repository]\nurl = \"{url}\"\n"));
     insta::assert_snapshot!(
-        url("s3://backups/keiki"),
-        @r#"
-    line 4, key 'repository.url': 's3://backups/keiki': this version cannot keep a repository in S3
-    hint: use 'file:///srv/keiki' (a directory, a mounted share) or 'peer://HOST' (through another agent)
-    "#
-    );
-    insta::assert_snapshot!(
         url("/srv/keiki"),
         @r#"
     line 4, key 'repository.url': '/srv/keiki' is not the URL of a repository
-    hint: use 'file:///srv/keiki' (a directory, a mounted share) or 'peer://HOST' (through another agent)
+    hint: use 's3://BUCKET/PREFIX', 'file:///srv/keiki' (a directory, a mounted share) or 'peer://HOST' (through another agent)
     "#
     );
     insta::assert_snapshot!(
@@ -256,12 +250,86 @@ fn a_repository_that_cannot_be_used_is_refused() {
     hint: add a [[peer]] with name = "b" and its address
     "#
     );
-    let with_endpoint = "[host]\nname = \"a\"\n[repository]\nendpoint = \"https://s3\"\nurl = \"s3://x\"\n";
+}
+
+/// A repository in S3 with these lines beside its URL.
+fn s3(url: &str, lines: &str) -> String {
+    format!("[host]\nname = \"a\"\n[repository]\nurl = \"{url}\"\n{lines}")
+}
+
+#[test]
+fn a_bucket_needs_a_place_and_gets_every_default() {
+    let place = |text: &str| match parse(text).unwrap().repository.url {
+        RepositoryUrl::S3(place) => *place,
+        other => panic!("{other:?}"),
+    };
+    let own = place(&s3("s3://backups/keiki/", "endpoint = \"http://10.0.0.5:8333/\"\n"));
+    assert_eq!((own.bucket.as_str(), own.prefix.as_str()), ("backups", "keiki"));
+    assert_eq!(own.endpoint.as_deref(), Some("http://10.0.0.5:8333"));
+    assert_eq!((own.path_style, own.region.as_str(), own.connections), (true, "us-east-1", 32));
+    assert_eq!(own.put, PutOptions::default());
+    let amazon = place(&s3("s3://backups", "region = \"eu-central-1\"\nencryption = \"aws:kms\"\ntags = [\"a=b\"]\n"));
+    assert_eq!((amazon.path_style, amazon.prefix.as_str()), (false, ""));
+    assert_eq!(amazon.put.encryption, Encryption::Kms(None));
+    assert_eq!(amazon.put.tags, [("a".to_string(), "b".to_string())]);
+}
+
+#[test]
+fn a_bucket_that_cannot_be_used_is_refused() {
     insta::assert_snapshot!(
-        refusal(with_endpoint),
+        refusal(&s3("s3://backups/keiki", "")),
         @r#"
-    line 5, key 'repository.url': 's3://x': this version cannot keep a repository in S3
-    hint: use 'file:///srv/keiki' (a directory, a mounted share) or 'peer://HOST' (through another agent)
+    line 4, key 'repository.url': neither 'region' nor 'endpoint' says where the bucket is
+    hint: add region = "eu-central-1" for Amazon S3, or endpoint = "https://s3.example.net"
+    "#
+    );
+    insta::assert_snapshot!(
+        refusal(&s3("s3://b/keiki", "region = \"x\"\n")),
+        @r#"
+    line 4, key 'repository.url': 'b' cannot be the name of a bucket
+    hint: write 's3://BUCKET/PREFIX'; a bucket has 3 to 63 letters, digits, '.' or '-'
+    "#
+    );
+    insta::assert_snapshot!(
+        refusal(&s3("s3://backups//x", "region = \"x\"\n")),
+        @r#"
+    line 4, key 'repository.url': '/x' cannot be a prefix
+    hint: use up to 200 letters, digits, '.', '-' or '_', with single slashes between them
+    "#
+    );
+    insta::assert_snapshot!(
+        refusal(&s3("s3://backups/x", "endpoint = \"https://key:secret@host\"\n")),
+        @r#"
+    line 5, key 'repository.endpoint': '…@host' is not an endpoint
+    hint: write it like 'https://s3.example.net' or 'http://10.0.0.5:8333', without the bucket
+    "#
+    );
+    insta::assert_snapshot!(
+        refusal(&s3("s3://backups/x", "region = \"x\"\nstorage_class = \"GLACIER\"\n")),
+        @r#"
+    line 6, key 'repository.storage_class': objects of class 'GLACIER' cannot be read when they are needed
+    hint: use 'STANDARD_IA', 'INTELLIGENT_TIERING' or 'GLACIER_IR'
+    "#
+    );
+    insta::assert_snapshot!(
+        refusal(&s3("s3://backups/x", "region = \"x\"\nkms_key = \"k\"\n")),
+        @r#"
+    line 6, key 'repository.kms_key': a key is for encryption = "aws:kms"
+    hint: write that too, or leave 'kms_key' out
+    "#
+    );
+    insta::assert_snapshot!(
+        refusal(&s3("file:///srv/keiki", "region = \"x\"\n")),
+        @r#"
+    line 5, key 'repository.region': this is for a repository in S3
+    hint: leave it out, or write url = "s3://BUCKET/PREFIX"
+    "#
+    );
+    insta::assert_snapshot!(
+        refusal(&format!("{SMALL}[limits]\nupload = \"1kB\"\n")),
+        @r#"
+    line 6, key 'limits.upload': '1kB' per second is too little to work with
+    hint: write at least '64KiB', or 'unlimited'
     "#
     );
 }
