@@ -12,7 +12,7 @@ SHELL := /bin/bash
 CARGO ?= cargo
 TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
 
-# The tests find PostgreSQL through the environment: packaging/test-servers.sh says where it is.
+# The tests find their servers through the environment: packaging/test-servers.sh says where it is.
 WITH_SERVERS = set -a; source "$$(packaging/test-servers.sh env-file)"; set +a;
 
 .PHONY: help
@@ -25,7 +25,7 @@ build: ## build the optimised binary
 	@echo "built '$(TARGET_DIR)/release/keiki'"
 
 .PHONY: test
-test: install-test-servers lint run-tests story-postgres story-redis ## install what tests need, then lint, every test and the stories
+test: install-test-servers lint run-tests story-postgres story-redis story-s3 ## install what tests need, then lint, every test and the stories
 
 .PHONY: install-test-servers
 install-test-servers: ## install the compiler and the servers that tests need
@@ -46,10 +46,10 @@ lint: ## formatting, clippy without warnings, and what the dependencies may be
 run-tests: install-test-servers ## every test but the stories
 	@$(WITH_SERVERS) \
 	if $(CARGO) nextest --version >/dev/null 2>&1; then \
-		$(CARGO) nextest run --locked --no-fail-fast -E 'not test(/(^|::)story_(postgres|redis)/)'; \
+		$(CARGO) nextest run --locked --no-fail-fast -E 'not test(/(^|::)story_(postgres|redis|s3)/)'; \
 		$(CARGO) test --locked --quiet --doc; \
 	else \
-		$(CARGO) test --locked --no-fail-fast -- --skip story_postgres --skip story_redis; \
+		$(CARGO) test --locked --no-fail-fast -- --skip story_postgres --skip story_redis --skip story_s3; \
 	fi
 
 # A story that is not there would pass in silence, so it is looked for first.
@@ -68,6 +68,14 @@ story-redis: install-test-servers ## the ledger on Redis: clones to many moments
 	grep -q 'story_redis.*: test$$' <<<"$$listed" || \
 		{ echo "error: tests/it has no test called 'story_redis'" >&2; exit 1; }; \
 	$(CARGO) test --locked --test it story_redis -- --nocapture --test-threads=1
+
+.PHONY: story-s3
+story-s3: install-test-servers ## the same with the repository in a bucket of a real S3 server
+	@$(WITH_SERVERS) \
+	listed=$$($(CARGO) test --locked --quiet --test it -- --list); \
+	grep -q 'story_s3.*: test$$' <<<"$$listed" || \
+		{ echo "error: tests/it has no test called 'story_s3'" >&2; exit 1; }; \
+	$(CARGO) test --locked --test it story_s3 -- --nocapture --test-threads=1
 
 .PHONY: deb
 deb: build ## build the Debian package

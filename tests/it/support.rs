@@ -5,4 +5,6 @@ pub mod ledger;
 pub mod mariadb;
 pub mod postgres;
 pub mod redis;
+pub mod s3;
+pub mod s3_proxy;
 pub mod two_hosts;

@@ -65,7 +65,7 @@ pub fn free_port() -> u16 {
 /// What a host of a test is like; the rest is the same for all.
 pub struct HostOptions<'a> {
     pub name: &'a str,
-    /// `file://…` or `peer://…`.
+    /// `file://…` or `peer://…`, or the lines of the section `[repository]`.
     pub repository: String,
     /// Names and addresses of the other hosts.
     pub peers: Vec<(&'a str, u16)>,
@@ -111,13 +111,13 @@ impl Host {
             "[host]\nname = \"{name}\"\nstate_dir = \"{state}\"\ncontrol_socket = \"{socket}\"\n\n\
              [listen]\naddress = \"127.0.0.1:{listen}\"\n\n\
              [tls]\nca = \"{ca_text}/ca.pem\"\ncertificate = \"{ca_text}/issued/{name}.pem\"\nkey = \"{ca_text}/issued/{name}.key\"\n\n\
-             [repository]\nurl = \"{url}\"\n\n{peers}\
+             [repository]\n{repository}\n\n{peers}\
              [clone]\ndata_root = \"{clones}\"\nports = \"{from}-{to}\"\nrun_as = \"{user}\"\nbin_dir = \"{bin_dir}\"\nlisten_addresses = \"127.0.0.1\"\n\n\
              [[allow]]\nwho = \"host:*\"\nmay = [\"status\", \"backup\", \"clone\", \"accept\", \"discard\", \"job\", \"ship\", \"read-repository\", \"write-repository\"]\ninstances = [\"*\"]\n\n{sections}",
             state = dir.join("state").display(),
             socket = dir.join("keiki.sock").display(),
             listen = options.listen_port,
-            url = options.repository,
+            repository = repository_lines(&options.repository),
             clones = clone_root.display(),
             from = 20000 + u32::from(free_port()) % 10000,
             to = 40000,
@@ -147,6 +147,12 @@ impl Host {
         let mut twin = Host { name: first.name.clone(), dir, config, agent: None };
         twin.start_agent();
         twin
+    }
+
+    /// Changes the configuration; the agent reads it when it starts.
+    pub fn rewrite_config(&self, change: impl FnOnce(String) -> String) {
+        let text = fs::read_to_string(&self.config).unwrap();
+        fs::write(&self.config, change(text)).unwrap();
     }
 
     /// Starts the agent and waits until it answers.
@@ -242,6 +248,14 @@ impl Host {
 impl Drop for Host {
     fn drop(&mut self) {
         self.kill_agent();
+    }
+}
+
+/// A URL alone is the usual section.
+fn repository_lines(repository: &str) -> String {
+    match repository.contains('=') {
+        true => repository.to_string(),
+        false => format!("url = \"{repository}\""),
     }
 }
 

@@ -28,7 +28,7 @@ pub enum Ship {
 pub enum Via {
     /// It has no access of its own and goes through host a.
     Peer,
-    /// It sees the same directory.
+    /// It sees the same directory, or the same bucket.
     Directory,
 }
 
@@ -50,6 +50,15 @@ impl TwoHosts {
         let repository = lab.path("repository");
         fs::create_dir(&repository).unwrap();
         let url = format!("file://{}", repository.display());
+        TwoHosts::start_in(lab, ship, via, &url)
+    }
+
+    /// The same with a repository for which these are the lines of the section `[repository]`.
+    pub fn start_on(ship: Ship, via: Via, repository_lines: &str) -> TwoHosts {
+        TwoHosts::start_in(Lab::new(), ship, via, repository_lines)
+    }
+
+    fn start_in(lab: Lab, ship: Ship, via: Via, url: &str) -> TwoHosts {
         let mut options = ServerOptions::new(Version::V15).initdb("--wal-segsize=1");
         let ship_text = match ship {
             Ship::ArchiveCommand => {
@@ -66,7 +75,7 @@ impl TwoHosts {
             &lab,
             &HostOptions {
                 name: "a",
-                repository: url.clone(),
+                repository: url.to_string(),
                 peers: vec![("b", port_b)],
                 sections: instance_section("orders", &source, &format!("ship = \"{ship_text}\"\nship_every = \"1s\"")),
                 listen_port: port_a,
@@ -78,14 +87,14 @@ impl TwoHosts {
             &lab,
             &HostOptions {
                 name: "b",
-                repository: if via == Via::Peer { "peer://a".to_string() } else { url },
+                repository: if via == Via::Peer { "peer://a".to_string() } else { url.to_string() },
                 peers: vec![("a", port_a)],
                 sections: String::new(),
                 listen_port: port_b,
                 clone_bin_dir: &source.bin_dir,
             },
         );
-        let stage = TwoHosts { a, b, source, repository, lab };
+        let stage = TwoHosts { a, b, source, repository: lab.path("repository"), lab };
         stage.wait_until_archiving();
         stage
     }
