@@ -46,10 +46,10 @@ lint: ## formatting, clippy without warnings, and what the dependencies may be
 run-tests: install-test-servers ## every test but the stories
 	@$(WITH_SERVERS) \
 	if $(CARGO) nextest --version >/dev/null 2>&1; then \
-		$(CARGO) nextest run --locked --no-fail-fast -E 'not test(/(^|::)story_(postgres|redis|s3)/)'; \
+		$(CARGO) nextest run --locked --no-fail-fast -E 'not test(/(^|::)story_(postgres|mariadb|redis|s3)/)'; \
 		$(CARGO) test --locked --quiet --doc; \
 	else \
-		$(CARGO) test --locked --no-fail-fast -- --skip story_postgres --skip story_redis --skip story_s3; \
+		$(CARGO) test --locked --no-fail-fast -- --skip story_postgres --skip story_mariadb --skip story_redis --skip story_s3; \
 	fi
 
 # A story that is not there would pass in silence, so it is looked for first.
@@ -60,6 +60,14 @@ story-postgres: install-test-servers ## the ledger: clones to many moments, each
 	grep -q 'story_postgres.*: test$$' <<<"$$listed" || \
 		{ echo "error: tests/it has no test called 'story_postgres'" >&2; exit 1; }; \
 	$(CARGO) test --locked --test it story_postgres -- --nocapture --test-threads=1
+
+.PHONY: story-mariadb
+story-mariadb: install-test-servers ## the ledger on MariaDB: clones to many moments, each row checked
+	@$(WITH_SERVERS) \
+	listed=$$($(CARGO) test --locked --quiet --test it -- --list); \
+	grep -q 'story_mariadb.*: test$$' <<<"$$listed" || \
+		{ echo "error: tests/it has no test called 'story_mariadb'" >&2; exit 1; }; \
+	$(CARGO) test --locked --test it story_mariadb -- --nocapture --test-threads=1
 
 .PHONY: story-redis
 story-redis: install-test-servers ## the ledger on Redis: clones to many moments, each key compared by DUMP

@@ -12,7 +12,7 @@ use bytes::Bytes;
 use jiff::Timestamp;
 use tokio_util::sync::CancellationToken;
 
-use crate::error::Result;
+use crate::error::{Error, Kind, Result};
 use crate::model::backup::FileMeta;
 use crate::model::check::CheckItem;
 use crate::model::engine_kind::EngineKind;
@@ -241,6 +241,20 @@ pub trait CloneEngine: Send + Sync {
 
     /// The name that follows a log file on the same timeline, and the start position of a file. Pure.
     fn next_log_file(&self, site: &CloneSite, name: &str) -> Result<String>;
+
+    /// Where a transaction with this id begins and ends in the log, if it is in this file. `held` is what the summary of
+    /// the file says (`LogSummary::transactions`). An id that cannot be one is `BadInput`, also of an engine whose
+    /// transactions have none.
+    async fn find_transaction(
+        &self,
+        id: &str,
+        _file: &str,
+        _held: &[String],
+        _logs: &dyn LogSource,
+    ) -> Result<Option<(Position, Position)>> {
+        Err(Error::new(Kind::BadInput, format!("the log of the source has no transaction ids like '{id}'"))
+            .hint("choose a time, a position, a name or a backup"))
+    }
 
     /// Replays exactly to the target in quarantine, leaves the server promoted and running, and says what it asked it.
     /// May be called again on a directory where an earlier call died: it then starts over or goes on.

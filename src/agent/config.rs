@@ -29,6 +29,8 @@ mod value;
 pub const CONFIG_PATH_DEFAULT: &str = "/etc/keiki/keiki.toml";
 /// Where the agent listens for the command line of its own host.
 pub const CONTROL_SOCKET_DEFAULT: &str = "/run/keiki/keiki.sock";
+/// Where Debian's and Red Hat's MariaDB listens.
+const MARIADB_SOCKET_DEFAULT: &str = "/run/mysqld/mysqld.sock";
 /// A configuration is a page of text; what is longer is some other file.
 const CONFIG_BYTES_MAX: u64 = 1 << 20;
 
@@ -79,13 +81,13 @@ pub struct InstanceConfig {
     pub bin_dir: Option<PathBuf>,
     /// Where a PostgreSQL server has its socket.
     pub socket_dir: PathBuf,
-    /// The socket of a Redis server; without it the agent connects to the port on loopback.
+    /// The socket of a MariaDB or Redis server; without it the agent connects to Redis' port on loopback.
     pub socket: Option<PathBuf>,
     pub port: u16,
     /// The role with which the agent logs in, and the database to which it connects. Empty is the server's default user.
     pub user: String,
     pub database: String,
-    /// A file whose first line is the agent's password for a Redis server.
+    /// A file whose first line is the agent's password for a MariaDB or Redis server.
     pub password_file: Option<PathBuf>,
     /// The operating system user who runs the server.
     pub run_as: String,
@@ -115,6 +117,7 @@ pub struct CloneConfig {
     pub keep_free_bytes: u64,
     pub run_as: String,
     pub listen_addresses: String,
+    pub mariadb: CloneEngineConfig,
     pub redis: CloneEngineConfig,
 }
 
@@ -348,10 +351,19 @@ impl Reader<'_> {
     }
 
     fn instance(&self, raw: &raw::RawInstance) -> Result<InstanceConfig> {
-        let engine = self.parse(&raw.engine, parse_engine)?;
+        let engine = self.parse(&raw.engine, EngineKind::parse)?;
         self.only_keys_of(engine, raw)?;
         let is_redis = engine == EngineKind::Redis;
-        let run_as = self.word_or(&raw.run_as, if is_redis { "redis" } else { "postgres" })?;
+        let (account, port) = match engine {
+            EngineKind::Redis => ("redis", 6379),
+            EngineKind::MariaDb => ("mysql", 3306),
+            EngineKind::Postgres | EngineKind::Fake => ("postgres", 5432),
+        };
+        let socket = match (&raw.socket, engine) {
+            (None, EngineKind::MariaDb) => Some(PathBuf::from(MARIADB_SOCKET_DEFAULT)),
+            (socket, _) => socket.as_ref().map(|path| self.path(path)).transpose()?,
+        };
+        let run_as = self.word_or(&raw.run_as, account)?;
         let user = match (&raw.user, is_redis) {
             (None, true) => String::new(),
             (user, _) => self.word_or(user, &run_as)?,
@@ -362,8 +374,8 @@ impl Reader<'_> {
             data_dir: self.path(&raw.data_dir)?,
             bin_dir: raw.bin_dir.as_ref().map(|path| self.path(path)).transpose()?,
             socket_dir: self.path_or(&raw.socket_dir, "/var/run/postgresql")?,
-            socket: raw.socket.as_ref().map(|path| self.path(path)).transpose()?,
-            port: self.number_or(&raw.port, if is_redis { 6379 } else { 5432 }, 1..=65535)?,
+            socket,
+            port: self.number_or(&raw.port, port, 1..=65535)?,
             user,
             database: self.word_or(&raw.database, "postgres")?,
             password_file: raw.password_file.as_ref().map(|path| self.path(path)).transpose()?,
@@ -384,11 +396,11 @@ impl Reader<'_> {
 
     /// A key that says nothing about an engine is a mistake and not a wish.
     fn only_keys_of(&self, engine: EngineKind, raw: &raw::RawInstance) -> Result<()> {
-        let redis_only = [("socket", &raw.socket), ("password_file", &raw.password_file)];
+        let others_only = [("socket", &raw.socket), ("password_file", &raw.password_file)];
         let postgres_only = [("socket_dir", &raw.socket_dir), ("database", &raw.database), ("ship", &raw.ship)];
         let strangers: &[(&str, &Option<raw::Text>)] = match engine {
-            EngineKind::Redis => &postgres_only,
-            EngineKind::Postgres | EngineKind::MariaDb | EngineKind::Fake => &redis_only,
+            EngineKind::Redis | EngineKind::MariaDb => &postgres_only,
+            EngineKind::Postgres | EngineKind::Fake => &others_only,
         };
         let found = strangers.iter().find_map(|(key, value)| value.as_ref().map(|text| (key, text.span())));
         match found {
@@ -418,6 +430,13 @@ impl Reader<'_> {
         })
     }
 
+    fn clone_engine(&self, raw: &raw::RawCloneEngine, account: &str) -> Result<CloneEngineConfig> {
+        Ok(CloneEngineConfig {
+            bin_dir: raw.bin_dir.as_ref().map(|path| self.path(path)).transpose()?,
+            run_as: self.word_or(&raw.run_as, account)?,
+        })
+    }
+
     fn clone_config(&self, raw: &raw::RawClone) -> Result<CloneConfig> {
         Ok(CloneConfig {
             data_root: self.path_or(&raw.data_root, "/var/lib/keiki/clones")?,
@@ -426,10 +445,8 @@ impl Reader<'_> {
             keep_free_bytes: self.parse_or(&raw.keep_free, 0, value::parse_size)?,
             run_as: self.word_or(&raw.run_as, "postgres")?,
             listen_addresses: self.word_or(&raw.listen_addresses, "localhost")?,
-            redis: CloneEngineConfig {
-                bin_dir: raw.redis.bin_dir.as_ref().map(|path| self.path(path)).transpose()?,
-                run_as: self.word_or(&raw.redis.run_as, "redis")?,
-            },
+            mariadb: self.clone_engine(&raw.mariadb, "mysql")?,
+            redis: self.clone_engine(&raw.redis, "redis")?,
         })
     }
 
@@ -463,15 +480,6 @@ impl Seen {
 fn needs_tls(what: &str) -> Error {
     Error::new(Kind::BadInput, format!("{what}, a host needs a certificate"))
         .hint("add [tls] with 'ca', 'certificate' and 'key'; 'keiki ca init' and 'keiki ca issue' make them")
-}
-
-/// The engine of an instance; one that is not complete yet cannot be configured.
-fn parse_engine(name: &str) -> Result<EngineKind> {
-    match EngineKind::parse(name)? {
-        EngineKind::MariaDb => Err(Error::new(Kind::Unsupported, "engine 'mariadb' is not complete yet")
-            .hint("this version of keiki knows 'postgres' and 'redis'")),
-        known => Ok(known),
-    }
 }
 
 fn parse_ship(text: &str) -> Result<ShipMode> {

@@ -15,6 +15,7 @@ use crate::agent::{registry, slots};
 use crate::base::child;
 use crate::base::clock::Clock;
 use crate::engine::Engine;
+use crate::engine::mysql::{self, MariaDbEngine, MariaDbSource};
 use crate::engine::postgres::{self, PostgresEngine, PostgresSource};
 use crate::engine::redis::session::{Address, Endpoint};
 use crate::engine::redis::{RedisEngine, RedisSource};
@@ -213,8 +214,10 @@ fn shell_word(path: &str) -> String {
 }
 
 fn engine_of(config: &InstanceConfig, archive_command: String) -> Arc<dyn Engine> {
-    if config.engine == EngineKind::Redis {
-        return Arc::new(RedisEngine::new(redis_source(config)));
+    match config.engine {
+        EngineKind::Redis => return Arc::new(RedisEngine::new(redis_source(config))),
+        EngineKind::MariaDb => return Arc::new(MariaDbEngine::new(mariadb_source(config))),
+        EngineKind::Postgres | EngineKind::Fake => {}
     }
     Arc::new(PostgresEngine::new(PostgresSource {
         name: config.name.clone(),
@@ -229,6 +232,19 @@ fn engine_of(config: &InstanceConfig, archive_command: String) -> Arc<dyn Engine
             ShipMode::Slot => postgres::ShipMode::Slot { limit_bytes: config.slot_limit_bytes },
         },
     }))
+}
+
+fn mariadb_source(config: &InstanceConfig) -> MariaDbSource {
+    MariaDbSource {
+        name: config.name.clone(),
+        data_dir: config.data_dir.clone(),
+        // The configuration and the registry always name one.
+        socket: config.socket.clone().unwrap_or_else(|| config.socket_dir.join(mysql::clone::SOCKET_FILE)),
+        user: config.user.clone(),
+        password_file: config.password_file.clone(),
+        run_as: config.run_as.clone(),
+        bin_dir: config.bin_dir.clone(),
+    }
 }
 
 fn redis_source(config: &InstanceConfig) -> RedisSource {

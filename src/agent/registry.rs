@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::agent::config::{InstanceConfig, ShipMode};
 use crate::base::durable;
+use crate::engine::mysql;
 use crate::engine::redis::settings as redis;
 use crate::error::{Context, Error, Kind, Result};
 use crate::job::ports::NewInstance;
@@ -92,7 +93,8 @@ fn read(path: &Path) -> Result<Registered> {
 pub fn config_of(clone: &NewInstance) -> InstanceConfig {
     let user = match clone.engine {
         EngineKind::Redis => redis::AGENT_USER.to_string(),
-        EngineKind::Postgres | EngineKind::MariaDb | EngineKind::Fake => clone.run_as.clone(),
+        EngineKind::MariaDb => mysql::clone::ACCOUNT.to_string(),
+        EngineKind::Postgres | EngineKind::Fake => clone.run_as.clone(),
     };
     let kept = RegisteredInstance {
         version: VERSION,
@@ -110,14 +112,19 @@ pub fn config_of(clone: &NewInstance) -> InstanceConfig {
 }
 
 fn instance_of(kept: RegisteredInstance, engine: EngineKind) -> InstanceConfig {
-    let is_redis = engine == EngineKind::Redis;
+    let in_run_dir = |name: &str| Some(kept.socket_dir.join(name));
+    let (socket, password_file) = match engine {
+        EngineKind::Redis => (in_run_dir(redis::SOCKET_FILE), in_run_dir(redis::AGENT_PASSWORD_FILE)),
+        EngineKind::MariaDb => (in_run_dir(mysql::clone::SOCKET_FILE), in_run_dir(mysql::clone::PASSWORD_FILE)),
+        EngineKind::Postgres | EngineKind::Fake => (None, None),
+    };
     InstanceConfig {
         engine,
         name: kept.name,
         data_dir: kept.data_dir,
         bin_dir: kept.bin_dir,
-        socket: is_redis.then(|| kept.socket_dir.join(redis::SOCKET_FILE)),
-        password_file: is_redis.then(|| kept.socket_dir.join(redis::AGENT_PASSWORD_FILE)),
+        socket,
+        password_file,
         socket_dir: kept.socket_dir,
         port: kept.port,
         user: kept.user,

@@ -32,6 +32,7 @@ pub fn clone_engine(kind: EngineKind) -> Option<Arc<dyn CloneEngine>> {
 fn growers(config: &CloneConfig) -> BTreeMap<EngineKind, Grower> {
     let places = [
         (EngineKind::Postgres, &config.run_as, &config.bin_dir),
+        (EngineKind::MariaDb, &config.mariadb.run_as, &config.mariadb.bin_dir),
         (EngineKind::Redis, &config.redis.run_as, &config.redis.bin_dir),
     ];
     let growers = places.into_iter().filter_map(|(kind, run_as, bin_dir)| {

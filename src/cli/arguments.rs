@@ -140,9 +140,15 @@ pub struct TargetArguments {
     /// Exactly this backup set, at its first consistent moment.
     #[arg(long, value_name = "BACKUP")]
     pub backup: Option<String>,
-    /// A log position, as in 16/B374D848.
-    #[arg(long, value_name = "LSN")]
+    /// A log position, as in 16/B374D848, or of MariaDB a log file and an offset, as in binlog.000012:4567.
+    #[arg(long, value_name = "POSITION")]
     pub position: Option<String>,
+    /// Up to this transaction of MariaDB and with it, as in 0-5-2257.
+    #[arg(long, value_name = "GTID")]
+    pub gtid: Option<String>,
+    /// Up to this transaction of MariaDB and without it.
+    #[arg(long, value_name = "GTID")]
+    pub before_gtid: Option<String>,
     /// A restore point that was named on the source.
     #[arg(long, value_name = "NAME")]
     pub name: Option<String>,

@@ -10,7 +10,7 @@ use crate::cli::output::checks;
 use crate::error::{Error, Kind, Result};
 use crate::model::id::{BackupId, JobId, check_name};
 use crate::model::job::{CloneOrder, Order, Task};
-use crate::model::position::Lsn;
+use crate::model::position::{Lsn, Position};
 use crate::model::target::Target;
 use crate::peer::api::{Request, Response};
 
@@ -87,11 +87,32 @@ fn read_target(typed: &TargetArguments) -> Result<Target> {
         return Ok(Target::Backup(BackupId::parse(backup)?));
     }
     if let Some(position) = &typed.position {
-        return Ok(Target::Lsn(Lsn::parse(position)?));
+        return read_position(position);
+    }
+    for (typed, included) in [(&typed.gtid, true), (&typed.before_gtid, false)] {
+        if let Some(id) = typed {
+            return Ok(Target::Transaction { id: id.clone(), included });
+        }
     }
     match &typed.name {
         Some(name) => Ok(Target::Name(name.clone())),
         None => Ok(Target::Latest),
+    }
+}
+
+/// A position as the server prints it: an LSN, or the name of a numbered log file and an offset in it.
+fn read_position(text: &str) -> Result<Target> {
+    let in_file = text.rsplit_once(':').and_then(|(file, offset)| {
+        let digits = file.rsplit(['.', ':']).next()?;
+        let decimal = |text: &str| text.bytes().all(|byte| byte.is_ascii_digit()).then(|| text.parse::<u64>().ok())?;
+        Some(Position::File { number: decimal(digits)?, offset: decimal(offset)? })
+    });
+    match in_file {
+        Some(position) => Ok(Target::Position(position)),
+        None => Ok(Target::Lsn(
+            Lsn::parse(text)
+                .map_err(|error| error.hint("write '16/B374D848' for PostgreSQL, 'binlog.000012:4567' for MariaDB"))?,
+        )),
     }
 }
 
@@ -104,7 +125,15 @@ mod tests {
             source: "orders".into(),
             to: vec![],
             clone_name: "orders-check".into(),
-            target: TargetArguments { at: None, backup: None, position: None, name: None, latest: false },
+            target: TargetArguments {
+                at: None,
+                backup: None,
+                position: None,
+                gtid: None,
+                before_gtid: None,
+                name: None,
+                latest: false,
+            },
             dir: None,
             port: None,
             settings: vec![],
@@ -119,6 +148,19 @@ mod tests {
         let order = read_order(&CloneArguments { settings: vec!["a.b = x=y".into()], ..typed() }).unwrap();
         assert_eq!(order.settings["a.b"], " x=y");
         assert_eq!(order.target, Target::Latest);
+    }
+
+    #[test]
+    fn positions_and_transactions_are_read_as_the_servers_print_them() {
+        let at = |text: &str| read_position(text);
+        let in_file = Target::Position(Position::File { number: 12, offset: 4567 });
+        assert_eq!(at("binlog.000012:4567").unwrap(), in_file);
+        assert_eq!(at("/var/log/my.host-bin.000012:4567").unwrap(), in_file);
+        assert_eq!(at("file:12:4567").unwrap(), in_file);
+        assert_eq!(at("16/B374D848").unwrap(), Target::Lsn(Lsn(0x16_B374_D848)));
+        for wrong in ["binlog.000012", "binlog.000012:", "binlog.x:5", "12"] {
+            assert!(at(wrong).unwrap_err().hint_text().is_some(), "{wrong}");
+        }
     }
 
     #[test]

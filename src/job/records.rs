@@ -246,6 +246,8 @@ pub enum TargetRecord {
     Name(String),
     Backup(String),
     Position(String),
+    UpToTransaction(String),
+    BeforeTransaction(String),
 }
 
 impl From<&Order> for OrderRecord {
@@ -262,6 +264,8 @@ impl From<&Order> for OrderRecord {
                     Target::Time(instant) => TargetRecord::Time(Instant(*instant)),
                     Target::Lsn(lsn) => TargetRecord::Lsn(lsn.to_string()),
                     Target::Position(position) => TargetRecord::Position(position.to_string()),
+                    Target::Transaction { id, included: true } => TargetRecord::UpToTransaction(id.clone()),
+                    Target::Transaction { id, included: false } => TargetRecord::BeforeTransaction(id.clone()),
                     Target::Name(name) => TargetRecord::Name(name.clone()),
                     Target::Backup(id) => TargetRecord::Backup(id.to_string()),
                 },
@@ -292,6 +296,8 @@ impl OrderRecord {
                         TargetRecord::Time(instant) => Target::Time(instant.0),
                         TargetRecord::Lsn(text) => Target::Lsn(Lsn::parse(text)?),
                         TargetRecord::Position(text) => Target::Position(Position::parse(text)?),
+                        TargetRecord::UpToTransaction(id) => Target::Transaction { id: id.clone(), included: true },
+                        TargetRecord::BeforeTransaction(id) => Target::Transaction { id: id.clone(), included: false },
                         TargetRecord::Name(name) => Target::Name(name.clone()),
                         TargetRecord::Backup(text) => Target::Backup(BackupId::parse(text)?),
                     },
@@ -341,6 +347,8 @@ mod tests {
             Target::Name("before the migration".into()),
             Target::Backup(BackupId::parse("20261121T095900Z-k3xq").unwrap()),
             Target::Position(Position::File { number: 12, offset: 4567 }),
+            Target::Transaction { id: "0-5-7".into(), included: true },
+            Target::Transaction { id: "0-5-7".into(), included: false },
         ];
         let clone = |target| {
             Task::Clone(CloneOrder {
@@ -374,7 +382,7 @@ mod tests {
         assert_eq!(records[0].first_difference(&records[0]), None);
         let (field, ..) = records[0].first_difference(&records[1]).unwrap();
         assert_eq!(field, "target");
-        let difference = records[0].first_difference(&records[6]).unwrap();
+        let difference = records[0].first_difference(&records[8]).unwrap();
         assert_eq!(difference, ("kind".into(), "clone".into(), "backup".into()));
         let mut other = records[0].clone();
         let TaskRecord::Clone { port, .. } = &mut other.task else { panic!() };

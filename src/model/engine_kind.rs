@@ -28,7 +28,7 @@ impl EngineKind {
     pub fn parse(name: &str) -> Result<EngineKind> {
         Self::NAMES.iter().find(|row| row.1 == name).map(|row| row.0).ok_or_else(|| {
             Error::new(Kind::Unsupported, format!("engine '{name}' is not known"))
-                .hint("this version of keiki knows 'postgres' and 'redis'")
+                .hint("this version of keiki knows 'postgres', 'mariadb' and 'redis'")
         })
     }
 }

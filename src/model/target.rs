@@ -19,6 +19,8 @@ pub enum Target {
     Lsn(Lsn),
     /// All that ends at or before this position, which says by itself where in the log it is.
     Position(Position),
+    /// All up to a transaction that the source gave an id: with it, or without it.
+    Transaction { id: String, included: bool },
     /// The named restore point that the user made on the source.
     Name(String),
     /// The first consistent moment of this backup set.
@@ -53,6 +55,8 @@ impl fmt::Display for Target {
             Target::Time(instant) => write!(f, "{}", utc_text(*instant)),
             Target::Lsn(lsn) => write!(f, "{lsn}"),
             Target::Position(position) => write!(f, "{position}"),
+            Target::Transaction { id, included: true } => write!(f, "transaction {id}"),
+            Target::Transaction { id, included: false } => write!(f, "the moment before transaction {id}"),
             Target::Name(name) => write!(f, "{name}"),
             Target::Backup(id) => write!(f, "{id}"),
         }

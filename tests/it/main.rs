@@ -23,4 +23,5 @@ mod story_slot;
 mod redis_source;
 mod store_contract;
 mod story_redis;
+mod story_mariadb;
 mod story_postgres;

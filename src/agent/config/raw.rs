@@ -120,6 +120,8 @@ pub struct RawClone {
     pub run_as: Option<Text>,
     pub listen_addresses: Option<Text>,
     #[serde(default)]
+    pub mariadb: RawCloneEngine,
+    #[serde(default)]
     pub redis: RawCloneEngine,
 }
 

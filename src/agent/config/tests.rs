@@ -465,6 +465,18 @@ fn a_redis_server_has_its_own_defaults_and_its_own_keys() {
     assert!(error.message().contains("'socket' means nothing for engine 'postgres'"), "{error}");
 }
 
+#[test]
+fn a_mariadb_server_has_its_own_defaults_and_its_own_keys() {
+    let mariadb = "[[instance]]\nname = \"shop\"\nengine = \"mariadb\"\ndata_dir = \"/var/lib/mysql\"\n";
+    let config = parse(&format!("{SMALL}{mariadb}")).unwrap();
+    let instance = &config.instances[0];
+    assert_eq!((instance.port, instance.run_as.as_str(), instance.user.as_str()), (3306, "mysql", "mysql"));
+    assert_eq!(instance.socket.as_deref(), Some(Path::new("/run/mysqld/mysqld.sock")));
+    assert_eq!(instance.password_file, None);
+    let error = parse(&format!("{SMALL}{mariadb}socket_dir = \"/s\"\n")).unwrap_err();
+    assert!(error.message().contains("'socket_dir' means nothing for engine 'mariadb'"), "{error}");
+}
+
 fn sample() -> String {
     std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("config/keiki.toml")).unwrap()
 }
@@ -483,6 +495,7 @@ fn the_sample_file_shows_exactly_the_keys_that_exist() {
         ("instance", "[[instance]]\n?"),
         ("instance.backup", "[[instance]]\n[instance.backup]\n?"),
         ("clone", "[clone]\n?"),
+        ("clone.mariadb", "[clone.mariadb]\n?"),
         ("clone.redis", "[clone.redis]\n?"),
         ("allow", "[[allow]]\n?"),
         ("limits", "[limits]\n?"),

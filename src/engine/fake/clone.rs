@@ -140,7 +140,7 @@ impl Replay {
                 Target::Lsn(lsn) => event.index > lsn.0,
                 Target::Position(position) => event.index > count_of(*position)?,
                 Target::Backup(_) => event.index > stop,
-                Target::Name(_) => false,
+                Target::Name(_) | Target::Transaction { .. } => false,
             };
             // What the backup is torn over must be replayed; that a target before it is asked for shows at the end.
             if beyond && event.index > stop {

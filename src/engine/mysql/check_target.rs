@@ -10,6 +10,7 @@ use crate::engine::mysql::clone::version_of;
 use crate::engine::mysql::programs::{self, BACKUP, SERVER};
 use crate::error::Result;
 use crate::model::check::CheckItem;
+use crate::model::target::Target;
 
 /// Where distributions put a server's plugins, from the directory of its program.
 const PLUGIN_DIRS: [&str; 5] = [
@@ -21,8 +22,8 @@ const PLUGIN_DIRS: [&str; 5] = [
 ];
 
 /// See [`crate::engine::CloneEngine::check_target`].
-pub async fn check_target(site: &CloneSite, default_bin_dir: Option<&Path>) -> Result<Vec<CheckItem>> {
-    let mut items = Vec::new();
+pub async fn check_target(site: &CloneSite, target: &Target, default_bin_dir: Option<&Path>) -> Result<Vec<CheckItem>> {
+    let mut items: Vec<CheckItem> = second_item(target).into_iter().collect();
     let version = version_of(site)?;
     let bin_dir = site.bin_dir.as_deref().or(default_bin_dir);
     for (what, names) in [("server program", SERVER), ("backup program", BACKUP)] {
@@ -49,6 +50,17 @@ pub async fn check_target(site: &CloneSite, default_bin_dir: Option<&Path>) -> R
         Err(error) => CheckItem::fail("user", error.message(), "set 'run_as' of this host's clones to an account"),
     });
     Ok(items)
+}
+
+/// The log has whole seconds: of what was committed within one, nothing says what came before a part of it.
+fn second_item(target: &Target) -> Option<CheckItem> {
+    let Target::Time(at) = target else { return None };
+    let floor = jiff::Timestamp::from_second(at.as_second()).ok().filter(|floor| floor != at)?;
+    Some(CheckItem::fail(
+        "time",
+        format!("{target} is not a whole second, and the log of MariaDB has only those"),
+        format!("choose {}, or a GTID, or a log file and offset", Target::Time(floor)),
+    ))
 }
 
 /// The libraries of the source's plugins. Where this host keeps them is not known if none of the usual places exists.

@@ -21,6 +21,7 @@ use crate::base::users::User;
 use crate::engine::mysql::geometry::{BinlogGeometry, log_name};
 use crate::engine::mysql::ondisk::aria_control;
 use crate::engine::mysql::ondisk::backup_info::CHECKPOINTS;
+use crate::engine::mysql::ondisk::gtid::Gtid;
 use crate::engine::mysql::programs::{self, SERVER, Version};
 use crate::engine::mysql::server::{Server, pause, running_in, stop_now};
 use crate::engine::mysql::session::{Endpoint, Session, quoted};
@@ -33,6 +34,7 @@ use crate::error::{Context, Error, Kind, Result};
 use crate::model::backup::FileMeta;
 use crate::model::check::CheckItem;
 use crate::model::engine_kind::EngineKind;
+use crate::model::position::Position;
 use crate::model::target::Target;
 
 mod option_file;
@@ -185,8 +187,8 @@ impl MariaDbCloner {
 
 #[async_trait]
 impl CloneEngine for MariaDbCloner {
-    async fn check_target(&self, site: &CloneSite, _target: &Target) -> Result<Vec<CheckItem>> {
-        check_target::check_target(site, self.default_bin_dir.as_deref()).await
+    async fn check_target(&self, site: &CloneSite, target: &Target) -> Result<Vec<CheckItem>> {
+        check_target::check_target(site, target, self.default_bin_dir.as_deref()).await
     }
 
     fn place(&self, _site: &CloneSite, meta: &FileMeta) -> Result<Option<FileMeta>> {
@@ -214,6 +216,16 @@ impl CloneEngine for MariaDbCloner {
 
     fn next_log_file(&self, _site: &CloneSite, name: &str) -> Result<String> {
         BinlogGeometry.next_file(name)
+    }
+
+    async fn find_transaction(
+        &self,
+        id: &str,
+        file: &str,
+        held: &[String],
+        logs: &dyn LogSource,
+    ) -> Result<Option<(Position, Position)>> {
+        recovery::find_transaction(Gtid::parse(id)?, file, held, logs).await
     }
 
     async fn recover(

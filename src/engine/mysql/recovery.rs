@@ -34,8 +34,8 @@ use crate::model::target::{Target, utc_text};
 mod feed;
 mod state;
 
-pub use feed::remove_relay_logs;
 use feed::{Batch, End, Feed};
+pub use feed::{find_transaction, remove_relay_logs};
 use state::{Phase, RecoveryState};
 pub use state::{forget, is_handed_over, mark_durable, mark_handed_over, require_recovered};
 

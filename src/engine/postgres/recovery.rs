@@ -151,6 +151,10 @@ impl Goal<'_> {
             Target::Lsn(lsn) if *lsn < self.backup_stop => {
                 Err(before_backup(&format!("position '{lsn}'"), self.backup_stop))
             }
+            Target::Transaction { id, .. } => {
+                Err(Error::new(Kind::BadInput, format!("'{id}' is no target in the log of PostgreSQL"))
+                    .hint("choose a time, a position, a named restore point or a backup"))
+            }
             Target::Position(position) => match position.wal() {
                 Ok((_, lsn)) if lsn < self.backup_stop => {
                     Err(before_backup(&format!("position '{position}'"), self.backup_stop))
@@ -174,7 +178,8 @@ impl Goal<'_> {
 
     fn stop_at(&self) -> Stop {
         match self.target {
-            Target::Latest => Stop::AtEnd,
+            // A transaction's id was refused before.
+            Target::Latest | Target::Transaction { .. } => Stop::AtEnd,
             Target::Time(instant) => Stop::BeforeTime(*instant),
             Target::Lsn(lsn) => Stop::AtLsn(*lsn),
             // A position of another engine was refused before.

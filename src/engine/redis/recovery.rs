@@ -113,7 +113,7 @@ pub(super) fn end_of(site: &CloneSite, target: &Target) -> Result<End> {
         Target::Position(position) => at(*position),
         Target::Time(_) if site.facts.get(LOG_TIMES_FACT).is_none_or(|value| value != "yes") => Err(no_times()),
         Target::Time(time) => Ok(End::BeforeSecond(time.as_second())),
-        Target::Lsn(_) | Target::Name(_) => {
+        Target::Lsn(_) | Target::Name(_) | Target::Transaction { .. } => {
             Err(Error::new(Kind::BadInput, "the log of Redis has neither such positions nor named points")
                 .hint("clone to a time, to the latest state or to a backup"))
         }

@@ -4,8 +4,9 @@ use std::net::TcpListener;
 use std::path::Path;
 
 use crate::base::durable;
-use crate::engine::CloneSite;
+use crate::engine::{CloneSite, log_geometry};
 use crate::error::{Error, Kind, Result};
+use crate::job::clone::log_source::RepositoryLog;
 use crate::job::clone::plan::{Choice, choose};
 use crate::job::clone::{CloneHost, Grower, Place, site};
 use crate::job::window::window_of;
@@ -16,6 +17,7 @@ use crate::model::job::CloneOrder;
 use crate::model::position::Position;
 use crate::model::target::Target;
 use crate::repo::log_catalogue::LogCatalogue;
+use crate::repo::log_reader::LogReader;
 use crate::repo::repository::Repository;
 
 /// Log that lies in the clone at the same time as the data, at most; replay recycles what is older.
@@ -71,6 +73,7 @@ pub async fn check(
     let backups = host.backups_of(repository, source.id).await?;
     let named_at = match &order.target {
         Target::Name(name) => find_name(repository, source, name).await?,
+        Target::Transaction { id, included } => find_transaction(host, repository, source, id, *included).await?,
         _ => None,
     };
     let choice = choose(&order.source, &source.host, &order.target, named_at, &backups, &window);
@@ -132,6 +135,30 @@ async fn find_name(
         let summary = catalogue.summary(&file.name).await?;
         if let Some((_, position)) = summary.named_points.iter().rev().find(|(known, _)| known == name) {
             return Ok(Some(*position));
+        }
+    }
+    Ok(None)
+}
+
+/// Where the log must end for a transaction, looked for from the newest log file back: behind it, or in front of it.
+async fn find_transaction(
+    host: &CloneHost,
+    repository: &std::sync::Arc<Repository>,
+    source: &Incarnation,
+    id: &str,
+    included: bool,
+) -> Result<Option<Position>> {
+    let engine = &host.grower(source.engine)?.engine;
+    let backups = host.backups_of(repository, source.id).await?;
+    let Some(backup) = backups.last() else { return Ok(None) };
+    let geometry = log_geometry(source.engine, &backup.engine_facts)?;
+    let catalogue = LogCatalogue::load(repository.clone(), source.id).await?;
+    let reader = std::sync::Arc::new(LogReader::new(repository.clone(), catalogue.clone()));
+    let logs = RepositoryLog::new(reader, geometry);
+    for file in catalogue.files().iter().rev() {
+        let held = catalogue.summary(&file.name).await?.transactions;
+        if let Some((start, end)) = engine.find_transaction(id, &file.name, &held, &logs).await? {
+            return Ok(Some(if included { end } else { start }));
         }
     }
     Ok(None)

@@ -56,6 +56,12 @@ pub fn choose(
         Target::Time(time) => ask.at_time(*time, oldest, newest),
         Target::Lsn(lsn) => ask.at_lsn(*lsn, oldest, newest),
         Target::Position(position) => ask.at_position(*position, oldest, newest),
+        Target::Transaction { .. } => match named_at {
+            Some(position) => ask.at_position(position, oldest, newest),
+            None => Err(ask
+                .refuse("no transaction with that id is in its log")
+                .hint("ids are as in '0-5-2257'; 'keiki window' shows how far back the log goes")),
+        },
         Target::Name(_) => match named_at {
             Some(Position::Wal { lsn, .. }) => ask.at_lsn(lsn, oldest, newest),
             Some(position) => ask.at_position(position, oldest, newest),
@@ -80,7 +86,9 @@ impl Question<'_> {
             Target::Latest => String::from("its latest state"),
             Target::Name(name) => format!("restore point '{name}'"),
             Target::Backup(id) => format!("backup '{id}'"),
-            Target::Time(_) | Target::Lsn(_) | Target::Position(_) => self.target.to_string(),
+            Target::Time(_) | Target::Lsn(_) | Target::Position(_) | Target::Transaction { .. } => {
+                self.target.to_string()
+            }
         };
         Error::new(Kind::BadInput, format!("cannot clone '{}' to {target}: {why}", self.source))
     }

@@ -141,6 +141,7 @@ pub enum WireTarget {
     Name(String),
     Backup(String),
     Position(WirePosition),
+    Transaction { id: String, included: bool },
 }
 
 impl Twin for Target {
@@ -152,6 +153,7 @@ impl Twin for Target {
             Target::Time(instant) => WireTarget::Time(instant.to_wire()),
             Target::Lsn(lsn) => WireTarget::Lsn(lsn.0),
             Target::Position(position) => WireTarget::Position(position.to_wire()),
+            Target::Transaction { id, included } => WireTarget::Transaction { id: id.clone(), included: *included },
             Target::Name(name) => WireTarget::Name(name.clone()),
             Target::Backup(id) => WireTarget::Backup(id.to_wire()),
         }
@@ -163,6 +165,7 @@ impl Twin for Target {
             WireTarget::Time(instant) => Target::Time(Twin::from_wire(instant)?),
             WireTarget::Lsn(lsn) => Target::Lsn(Lsn(lsn)),
             WireTarget::Position(position) => Target::Position(Twin::from_wire(position)?),
+            WireTarget::Transaction { id, included } => Target::Transaction { id, included },
             WireTarget::Name(name) => Target::Name(name),
             WireTarget::Backup(id) => Target::Backup(Twin::from_wire(id)?),
         })

@@ -61,14 +61,17 @@ fn backup_id() -> impl Strategy<Value = BackupId> {
 }
 
 fn target() -> impl Strategy<Value = Target> {
+    // Boxed: strategies of strategies are large, and a test's stack is not.
     prop_oneof![
         Just(Target::Latest),
         instant().prop_map(Target::Time),
         any::<u64>().prop_map(|lsn| Target::Lsn(Lsn(lsn))),
         position().prop_map(Target::Position),
+        (text(), any::<bool>()).prop_map(|(id, included)| Target::Transaction { id, included }),
         text().prop_map(Target::Name),
         backup_id().prop_map(Target::Backup),
     ]
+    .boxed()
 }
 
 fn settings() -> impl Strategy<Value = BTreeMap<String, String>> {

@@ -9,7 +9,9 @@ async fn a_mariadb_clone_has_exactly_the_transactions_of_its_target() {
     source.back_up().await;
     source.commit_rows(41, 80).await;
     source.session.execute("FLUSH BINARY LOGS").await.unwrap();
-    source.commit_rows(81, 120).await;
+    source.commit_rows(81, 100).await;
+    let gtid_of_100 = source.session.value("SELECT @@last_gtid").await.unwrap().unwrap();
+    source.commit_rows(101, 120).await;
     source.session.execute("ALTER TABLE shop.ledger ADD COLUMN extra INT DEFAULT 7").await.unwrap();
     let second = source.quiet_second().await;
     let position = source.position().await;
@@ -19,7 +21,10 @@ async fn a_mariadb_clone_has_exactly_the_transactions_of_its_target() {
     source.session.execute("INSERT INTO shop.old VALUES (1)").await.unwrap();
     source.commit_rows(121, 150).await;
     source.archive_log().await;
+    let gtid = |included| Target::Transaction { id: gtid_of_100.clone(), included };
     let targets = [
+        (gtid(true), 100, 2),
+        (gtid(false), 99, 2),
         (Target::Backup(a_backup_id()), 40, 2),
         (Target::Position(position), 120, 3),
         (Target::Time(second), 120, 3),
@@ -27,6 +32,15 @@ async fn a_mariadb_clone_has_exactly_the_transactions_of_its_target() {
     ];
     for (target, expected, columns) in targets {
         let clone = Clone::stage(&source).await;
+        if let Target::Transaction { id, included } = &target {
+            let find = async |file: &str, held: &[String]| {
+                clone.cloner.find_transaction(id, file, held, &source.archive).await.unwrap()
+            };
+            let (start, end) = find("binlog.0000000002", &[]).await.unwrap();
+            assert!(start < end && end < position, "{included}");
+            assert_eq!(find("binlog.0000000002", &["0-5-1..2".into()]).await, None);
+            assert_eq!(find("binlog.0000000001", &[]).await, None);
+        }
         let recovered = clone.recover(&source, target.clone()).await.unwrap();
         assert_eq!(clone.rows().await, rows(expected), "{target}");
         let session = clone.session().await;

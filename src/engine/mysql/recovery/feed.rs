@@ -16,8 +16,8 @@ use tokio_util::sync::CancellationToken;
 use crate::base::bulk::run_blocking;
 use crate::base::users::User;
 use crate::engine::mysql::clone::{give_to, write_owned};
-use crate::engine::mysql::geometry::log_name;
-use crate::engine::mysql::ondisk::gtid::GtidState;
+use crate::engine::mysql::geometry::{log_name, log_number};
+use crate::engine::mysql::ondisk::gtid::{Gtid, GtidRange, GtidState};
 use crate::engine::mysql::ondisk::walker::{Transaction, Walker};
 use crate::engine::{CloneSite, LogSource};
 use crate::error::{Context, Error, Kind, Result};
@@ -83,9 +83,49 @@ impl Batch {
     }
 }
 
+/// Where a transaction begins and ends in a log file, if it is there. `held` is what the summary of the file says;
+/// without a summary the file is read.
+pub async fn find_transaction(
+    wanted: Gtid,
+    file: &str,
+    held: &[String],
+    logs: &dyn LogSource,
+) -> Result<Option<(Position, Position)>> {
+    let may_hold = |text: &String| GtidRange::parse(text).is_none_or(|range| range.may_hold(wanted));
+    if !held.is_empty() && !held.iter().any(may_hold) {
+        return Ok(None);
+    }
+    let number = log_number(file)?;
+    let bytes = logs.available(file).await?.unwrap_or(0);
+    let (mut walker, mut at, mut found) = (Walker::new(), 0, None);
+    while at < bytes && found.is_none() {
+        let wanted_bytes = usize::try_from(bytes - at).unwrap_or(PIECE_BYTES).min(PIECE_BYTES);
+        let piece = logs.read(file, at, wanted_bytes).await?;
+        if piece.is_empty() {
+            break;
+        }
+        at += piece.len() as u64;
+        let walked = walker.feed(&piece, &mut |transaction| {
+            if transaction.gtid == wanted {
+                let position = |offset| Position::File { number, offset };
+                found = Some((position(transaction.start), position(transaction.end)));
+            }
+            Ok(())
+        });
+        match walked {
+            // What a crash left behind the last transaction.
+            Err(error) if error.kind() == Kind::Damaged && walker.knows_format() => break,
+            other => other?,
+        }
+    }
+    Ok(found)
+}
+
 /// Decides where the log ends for a target. Pure.
 struct Cutter {
     target: Target,
+    /// Of a target that is one.
+    transaction: Option<(Gtid, bool)>,
     end: End,
     transactions: u64,
     /// The target's last transaction was passed.
@@ -95,10 +135,14 @@ struct Cutter {
 }
 
 impl Cutter {
-    fn new(target: &Target, number: u64, offset: u64, state: GtidState) -> Cutter {
+    fn new(target: &Target, number: u64, offset: u64, state: GtidState) -> Result<Cutter> {
+        let transaction = match target {
+            Target::Transaction { id, included } => Some((Gtid::parse(id)?, *included)),
+            _ => None,
+        };
         let end = End { number, offset, state, last_commit_at: None };
         let is_cut = matches!(target, Target::Backup(_));
-        Cutter { target: target.clone(), end, transactions: 0, is_cut, left_out: None }
+        Ok(Cutter { target: target.clone(), transaction, end, transactions: 0, is_cut, left_out: None })
     }
 
     /// Takes the next transaction of file `number`.
@@ -106,7 +150,9 @@ impl Cutter {
         if self.is_cut {
             return;
         }
+        let is_wanted = self.transaction.is_some_and(|(gtid, _)| gtid == transaction.gtid);
         let is_beyond = match &self.target {
+            Target::Transaction { included, .. } => is_wanted && !included,
             // Whole seconds: whatever began in the second of the target was not committed by it.
             Target::Time(at) => i64::from(transaction.at_seconds) >= at.as_second(),
             Target::Position(position) => Position::File { number, offset: transaction.end } > *position,
@@ -121,6 +167,7 @@ impl Cutter {
         self.end.state.advance(transaction.gtid);
         let at = Timestamp::from_second(i64::from(transaction.at_seconds)).ok();
         self.end.last_commit_at = self.end.last_commit_at.max(at);
+        self.is_cut = is_wanted;
     }
 }
 
@@ -153,7 +200,7 @@ impl Feed {
                 return Err(Error::new(Kind::BadInput, format!("'{target}' is no target in the log of MariaDB"))
                     .hint("choose a time, a file and offset, a GTID, a backup, or latest"));
             }
-            Target::Latest | Target::Time(_) | Target::Backup(_) => {}
+            Target::Latest | Target::Time(_) | Target::Backup(_) | Target::Transaction { .. } => {}
         }
         let mut total_bytes = 0;
         let mut next = number;
@@ -161,7 +208,7 @@ impl Feed {
             total_bytes += bytes;
             next += 1;
         }
-        let cutter = Cutter::new(target, number, offset, state);
+        let cutter = Cutter::new(target, number, offset, state)?;
         let is_over = cutter.is_cut;
         Ok(Feed {
             logs,
@@ -318,6 +365,13 @@ impl Feed {
             // Nothing was replayed because the first transaction after the backup is later, which is as it should be:
             // the backup ended before the target, or it would not have been chosen.
             return Ok(cutter.end);
+        }
+        if let (Some((gtid, _)), false) = (cutter.transaction, cutter.is_cut) {
+            return Err(Error::new(
+                Kind::NotFound,
+                format!("transaction '{gtid}' is not in the log behind the backup"),
+            )
+            .hint("choose an earlier backup, or another transaction"));
         }
         if let (Target::Position(position), false) = (&cutter.target, cutter.is_cut)
             && cutter.end.position() < *position
