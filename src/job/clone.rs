@@ -18,6 +18,7 @@ use crate::engine::geometry::log_geometry;
 use crate::engine::{CloneEngine, CloneSite, Recovered};
 use crate::error::{Error, Kind, Result};
 use crate::job::ports::{InstanceRegistry, RepositoryDoor, SourceAgents};
+use crate::job::window::{contiguous, settled};
 use crate::job::{Restart, StepContext, StepPlan, UndoCause, Work};
 use crate::model::backup::Backup;
 use crate::model::check::{CheckItem, Verdict};
@@ -28,6 +29,7 @@ use crate::model::job::{CloneOrder, JobReport, Task};
 use crate::model::target::utc_text;
 use crate::repo::backup_reader::{BackupReader, Backups};
 use crate::repo::incarnations::Incarnations;
+use crate::repo::lease::read_lease;
 use crate::repo::log_catalogue::LogCatalogue;
 use crate::repo::log_reader::LogReader;
 use crate::repo::repository::Repository;
@@ -268,9 +270,13 @@ impl CloneWork {
             // The job failed, was undone, and is resumed.
             self.stage(context).await?;
         }
+        // The lease first: what it says is covered is then in the catalogue, which is read later.
+        let lease = read_lease(&repository, source.id).await?;
+        let covered = lease.and_then(|lease| lease.covered).map(|(position, _)| position);
         let catalogue = LogCatalogue::load(repository.clone(), source.id).await?;
         let geometry = log_geometry(source.engine, &site.facts)?;
-        let logs = Arc::new(RepositoryLog::new(Arc::new(LogReader::new(repository, catalogue)), geometry));
+        let end = settled(contiguous(&catalogue, geometry.as_ref())?, covered).last().map(|stretch| stretch.to);
+        let logs = Arc::new(RepositoryLog::new(Arc::new(LogReader::new(repository, catalogue)), geometry, end));
         let recovered = self
             .host
             .grower(source.engine)?

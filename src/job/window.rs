@@ -62,6 +62,19 @@ pub fn contiguous(catalogue: &LogCatalogue, geometry: &dyn LogGeometry) -> Resul
     Ok(stretches)
 }
 
+/// Leaves out the stretches at the end that lie behind log that is still on its way. Whole files are shipped side by side,
+/// so a later one may be there before an earlier one; what an archiver has recorded as covered was without a gap. A gap
+/// before that is a hole, and stays.
+pub fn settled(mut stretches: Vec<Stretch>, covered: Option<Position>) -> Vec<Stretch> {
+    let Some(covered) = covered else { return stretches };
+    while let [.., earlier, _] = stretches.as_slice()
+        && !is_gap(earlier.to, covered)
+    {
+        stretches.pop();
+    }
+    stretches
+}
+
 /// The window of an incarnation. Without any backup nothing can be reached.
 pub async fn window_of(repo: &Arc<Repository>, incarnation: &Incarnation) -> Result<Window> {
     let backups = Backups::new(repo.clone()).list(incarnation.id).await?.backups;
@@ -70,8 +83,9 @@ pub async fn window_of(repo: &Arc<Repository>, incarnation: &Incarnation) -> Res
     // The lease first: what it says is covered is then in the catalogue, which is read later.
     let lease = read_lease(repo, incarnation.id).await?;
     let catalogue = LogCatalogue::load(repo.clone(), incarnation.id).await?;
+    let covered = lease.as_ref().and_then(|lease| lease.covered).map(|(position, _)| position);
     let mut ranges = Vec::new();
-    for stretch in contiguous(&catalogue, geometry.as_ref())? {
+    for stretch in settled(contiguous(&catalogue, geometry.as_ref())?, covered) {
         ranges.push(range_of(&catalogue, &stretch, lease.as_ref()).await?);
     }
     add_backups_without_log(&backups, &mut ranges, lease.as_ref());

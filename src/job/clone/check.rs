@@ -154,7 +154,7 @@ async fn find_transaction(
     let geometry = log_geometry(source.engine, &backup.engine_facts)?;
     let catalogue = LogCatalogue::load(repository.clone(), source.id).await?;
     let reader = std::sync::Arc::new(LogReader::new(repository.clone(), catalogue.clone()));
-    let logs = RepositoryLog::new(reader, geometry);
+    let logs = RepositoryLog::new(reader, geometry, None);
     for file in catalogue.files().iter().rev() {
         let held = catalogue.summary(&file.name).await?.transactions;
         if let Some((start, end)) = engine.find_transaction(id, &file.name, &held, &logs).await? {

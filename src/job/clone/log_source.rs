@@ -11,6 +11,8 @@ use tokio::task::JoinHandle;
 use crate::engine::LogSource;
 use crate::engine::geometry::LogGeometry;
 use crate::error::{Error, Kind, Result};
+use crate::job::window::is_gap;
+use crate::model::position::Position;
 use crate::repo::log_reader::LogReader;
 
 /// Files up to this size are read as a whole and ahead; longer ones in the pieces that are asked for.
@@ -22,12 +24,20 @@ const FILES_AHEAD: usize = 3;
 pub struct RepositoryLog {
     reader: Arc<LogReader>,
     geometry: Arc<dyn LogGeometry>,
+    /// Files that begin here or later are left alone: log before them may be on its way still.
+    end: Option<Position>,
     ahead: Mutex<BTreeMap<String, JoinHandle<Result<Bytes>>>>,
 }
 
 impl RepositoryLog {
-    pub fn new(reader: Arc<LogReader>, geometry: Arc<dyn LogGeometry>) -> RepositoryLog {
-        RepositoryLog { reader, geometry, ahead: Mutex::default() }
+    /// `end` is where the log ends of which nothing is on its way any more.
+    pub fn new(reader: Arc<LogReader>, geometry: Arc<dyn LogGeometry>, end: Option<Position>) -> RepositoryLog {
+        RepositoryLog { reader, geometry, end, ahead: Mutex::default() }
+    }
+
+    fn is_beyond_the_end(&self, name: &str) -> Result<bool> {
+        let (Some(end), Some((start, _))) = (self.end, self.geometry.span(name, 0)?) else { return Ok(false) };
+        Ok(start == end || is_gap(end, start))
     }
 
     /// Begins to read the files that follow `name`, unless they are on their way.
@@ -61,6 +71,9 @@ impl RepositoryLog {
 #[async_trait]
 impl LogSource for RepositoryLog {
     async fn available(&self, name: &str) -> Result<Option<u64>> {
+        if self.is_beyond_the_end(name)? {
+            return Ok(None);
+        }
         Ok(self.reader.catalogue().file(name).await?.map(|file| file.bytes).filter(|bytes| *bytes > 0))
     }
 

@@ -92,6 +92,22 @@ async fn stretches_of_wal(objects: &[&str]) -> Vec<(Position, Position)> {
     stretches.iter().map(|stretch| (stretch.from, stretch.to)).collect()
 }
 
+#[test]
+fn log_behind_a_gap_is_on_its_way_until_more_than_the_gap_was_covered() {
+    let stretch = |from, to| Stretch { from: wal(1, from), to: wal(1, to), files: vec![format!("{from}")] };
+    let all = vec![stretch(10, 50), stretch(60, 70), stretch(80, 90)];
+    let kept = |covered| settled(all.clone(), covered).len();
+    // Two gaps behind what is covered: both are being filled.
+    assert_eq!(kept(Some(wal(1, 40))), 1);
+    assert_eq!(kept(Some(wal(1, 50))), 1);
+    // The archiver has come past the first gap: that one is a hole.
+    assert_eq!(kept(Some(wal(1, 65))), 2);
+    assert_eq!(kept(Some(wal(1, 90))), 3);
+    // Nobody says what is covered: a gap is a gap.
+    assert_eq!(kept(None), 3);
+    assert_eq!(settled(Vec::new(), Some(wal(1, 40))), []);
+}
+
 fn wal(timeline: u32, lsn: u64) -> Position {
     Position::Wal { timeline, lsn: Lsn(lsn) }
 }
