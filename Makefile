@@ -10,6 +10,8 @@ SHELL := /bin/bash
 .NOTPARALLEL:
 
 CARGO ?= cargo
+# What `make demo` shows: postgres or redis.
+ENGINE ?= postgres
 TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
 
 # The tests find their servers through the environment: packaging/test-servers.sh says where it is.
@@ -94,9 +96,10 @@ rpm: build ## build the RPM package (needs rpmbuild)
 	packaging/package.sh rpm
 
 .PHONY: demo
-demo: install-test-servers ## two agents, a PostgreSQL, a dropped table, and a clone of the second before
+demo: install-test-servers ## two agents, a PostgreSQL, a dropped table, and a clone of the second before; or ENGINE=redis
+	@case '$(ENGINE)' in postgres|redis) ;; *) echo "error: there is no demo of engine '$(ENGINE)'" >&2; exit 2 ;; esac
 	@$(CARGO) build --locked --quiet
-	@$(WITH_SERVERS) KEIKI="$(TARGET_DIR)/debug/keiki" packaging/demo.sh
+	@$(WITH_SERVERS) KEIKI="$(TARGET_DIR)/debug/keiki" packaging/demo$(if $(filter redis,$(ENGINE)),-redis).sh
 
 # Part of `test` already, through run-tests; here to be run alone, with what they measure.
 .PHONY: story-faults

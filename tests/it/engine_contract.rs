@@ -37,6 +37,10 @@ pub trait Subject: Send + Sync {
     fn has_named_points(&self) -> bool {
         true
     }
+    /// Whether a base is no database before recovery has added what makes it one.
+    fn base_alone_is_no_database(&self) -> bool {
+        false
+    }
     /// Makes a named point.
     fn name_point(&self, name: &str);
     /// The source's clock; no commit before or after has this very time.
@@ -231,7 +235,8 @@ impl<'a> Grown<'a> {
             base.files.iter().filter(|(meta, _)| cloner.is_marker(&meta.path) == markers).collect();
         // Lanes interleave; a directory comes before what is in it when paths are sorted.
         files.sort_by(|one, other| one.0.path.cmp(&other.0.path));
-        assert!(!markers || !files.is_empty(), "a base without a marker can be started half done");
+        let can_start = !self.subject.base_alone_is_no_database();
+        assert!(!markers || !files.is_empty() || !can_start, "a base without a marker can be started half done");
         for (meta, content) in files {
             let Some(placed) = cloner.place(&self.site, meta).unwrap() else { continue };
             let to = self.site.data_dir.join(&placed.path);

@@ -3,9 +3,9 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use keiki::engine::Engine;
 use keiki::engine::redis::RedisEngine;
 use keiki::engine::redis::hold::Hold;
+use keiki::engine::{AcceptedClone, Engine};
 use keiki::error::Kind;
 use keiki::model::check::Verdict;
 use keiki::model::log::LogFile;
@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::engine_contract::redis::RedisSubject;
 use crate::engine_contract::{Grown, MemoryLog, Subject, back_up, read_log};
-use crate::support::redis::{Answer, Client, TestRedis};
+use crate::support::redis::{Answer, Client, TestRedis, open_when_ready};
 
 fn engine(server: &TestRedis) -> RedisEngine {
     RedisEngine::new(server.source("orders"))
@@ -183,6 +183,20 @@ async fn a_clone_asks_for_the_same_passwords_as_its_source() {
     clone.run(&["AUTH", "sesame"]);
     assert_eq!(clone.run(&["LRANGE", "numbers", "0", "-1"]), Answer::List(vec![Answer::text("7")]));
     clone.run(&["AUTH", "reader", "open"]);
+    // After a restart of the machine the agent starts it again, as it was.
+    let accepted = AcceptedClone {
+        data_dir: grown.site.data_dir.clone(),
+        run_dir: grown.site.run_dir.clone(),
+        bin_dir: grown.site.bin_dir.clone(),
+        port: grown.site.port,
+        run_as: grown.site.run_as.clone(),
+    };
+    subject.cloner().stop(&grown.site).await.unwrap();
+    for _ in 0..2 {
+        subject.cloner().launch(&accepted).await.unwrap();
+    }
+    let mut clone = open_when_ready(&grown.site.run_dir.join("redis.sock"));
+    assert!(matches!(clone.ask(&[b"GET", b"numbers"]), Answer::Error(said) if said.starts_with("NOAUTH")));
     // What the agent may do shows it nothing of the data.
     let agent = std::fs::read_to_string(grown.site.run_dir.join("keiki.password")).unwrap();
     clone.run(&["AUTH", "keiki", &agent]);

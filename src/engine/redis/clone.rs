@@ -102,9 +102,9 @@ impl CloneEngine for RedisCloner {
         Ok(is_base.then(|| meta.clone()))
     }
 
-    fn is_marker(&self, path: &str) -> bool {
-        // Besides, what makes the directory loadable is the manifest, which recovery writes last.
-        path.starts_with(&format!("{APPEND_DIR}/"))
+    fn is_marker(&self, _path: &str) -> bool {
+        // What makes the directory loadable is the manifest, which is in no backup: recovery writes it, last.
+        false
     }
 
     async fn prepare(&self, site: &CloneSite) -> Result<()> {

@@ -50,6 +50,10 @@ impl Subject for RedisSubject {
         false
     }
 
+    fn base_alone_is_no_database(&self) -> bool {
+        true
+    }
+
     fn name_point(&self, _name: &str) {}
 
     fn now(&self) -> Timestamp {

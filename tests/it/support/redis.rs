@@ -122,6 +122,12 @@ impl Drop for TestRedis {
     }
 }
 
+/// Connects to a server that was just started.
+pub fn open_when_ready(socket: &Path) -> Client {
+    wait_for("redis to listen", Duration::from_secs(20), || Client::try_open(socket).is_some());
+    Client::open(socket)
+}
+
 /// What a server answers.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Answer {
