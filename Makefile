@@ -27,7 +27,7 @@ build: ## build the optimised binary
 	@echo "built '$(TARGET_DIR)/release/keiki'"
 
 .PHONY: test
-test: install-test-servers lint run-tests story-postgres story-redis story-s3 ## install what tests need, then lint, every test and the stories
+test: install-test-servers lint run-tests story-postgres story-mariadb story-redis story-s3 ## install what tests need, then lint, every test and the stories
 
 .PHONY: install-test-servers
 install-test-servers: ## install the compiler and the servers that tests need

@@ -118,6 +118,60 @@ async fn an_accepted_mariadb_clone_goes_on_in_a_log_of_its_own() {
     assert_eq!(engine.identify().await.unwrap(), held);
     let listing = engine.list_log(None).await.unwrap();
     assert_eq!(listing.files.first().unwrap().name, "binlog.0000000001");
+    // Its account logs in with a password, for the backup program too.
+    let sink = DirectorySink::new(&source.server.work_dir.join("second"));
+    let span = engine.back_up("second", Arc::new(sink), CancellationToken::new()).await.unwrap();
+    assert!(span.facts["gtid_state"].starts_with("0-") && span.start == span.stop, "{span:?}");
+}
+
+/// Cancels a replay when the log is asked for.
+struct CancelledHere(Archive, CancellationToken);
+
+#[async_trait]
+impl LogSource for CancelledHere {
+    async fn available(&self, name: &str) -> Result<Option<u64>> {
+        self.0.available(name).await
+    }
+
+    async fn is_sealed(&self, name: &str) -> Result<bool> {
+        self.0.is_sealed(name).await
+    }
+
+    async fn read(&self, name: &str, from: u64, max_bytes: usize) -> Result<Bytes> {
+        self.1.cancel();
+        self.0.read(name, from, max_bytes).await
+    }
+}
+
+#[tokio::test]
+async fn a_recovery_of_mariadb_that_was_cancelled_goes_on_or_says_that_it_cannot() {
+    let mut source = Source::start(&[]).await;
+    source.commit_rows(1, 10).await;
+    source.back_up().await;
+    source.commit_rows(11, 20).await;
+    source.archive_log().await;
+    let clone = Clone::stage(&source).await;
+    let (cancel, quiet) = (CancellationToken::new(), Arc::new(Quiet));
+    cancel.cancel();
+    let logs = Arc::new(source.archive.clone());
+    let outcome = clone.cloner.recover(&clone.site, &Target::Latest, logs, quiet.clone(), cancel).await;
+    assert_eq!(outcome.unwrap_err().kind(), Kind::Cancelled);
+    // Another order must not go on with this directory; the same one may.
+    let other = clone.recover(&source, Target::Backup(a_backup_id())).await.unwrap_err();
+    assert!(other.message().contains("it was being recovered to"), "{other}");
+    clone.recover(&source, Target::Latest).await.unwrap();
+    assert_eq!(clone.rows().await, rows(20));
+
+    let clone = Clone::stage(&source).await;
+    let cancel = CancellationToken::new();
+    let logs = Arc::new(CancelledHere(source.archive.clone(), cancel.clone()));
+    let outcome = clone.cloner.recover(&clone.site, &Target::Latest, logs, quiet, cancel).await;
+    assert_eq!(outcome.unwrap_err().kind(), Kind::Cancelled);
+    assert!(!clone.cloner.is_running(&clone.site.data_dir));
+    let error = clone.recover(&source, Target::Latest).await.unwrap_err();
+    assert!(error.message().contains("an earlier replay was interrupted"), "{error}");
+    let error = clone.cloner.hand_over(&clone.site, true).await.unwrap_err();
+    assert!(error.message().contains("its recovery did not end"), "{error}");
 }
 
 #[tokio::test]
