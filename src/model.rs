@@ -7,6 +7,7 @@ pub mod backup;
 pub mod bytes_text;
 pub mod capabilities;
 pub mod check;
+pub mod cost;
 pub mod engine_kind;
 pub mod id;
 pub mod incarnation;

@@ -14,6 +14,7 @@
 pub mod faulty;
 pub mod fs;
 pub mod memory;
+pub mod metered;
 pub mod peer;
 pub mod read;
 pub mod s3;
@@ -21,6 +22,7 @@ pub mod s3;
 use std::fmt;
 use std::ops::Range;
 use std::pin::Pin;
+use std::sync::Arc;
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -125,6 +127,11 @@ pub trait Store: Send + Sync {
 
     /// Tells the store what was found out when the repository in it was begun. Who wraps a store hands this on.
     fn adopt(&self, found: &Capabilities);
+
+    /// What counts this store's requests, if it counts them by itself; see [`metered`].
+    fn meter(&self) -> Option<Arc<metered::Meter>> {
+        None
+    }
 }
 
 /// What `put_stream` answers to a condition that it does not support.
