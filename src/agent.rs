@@ -111,6 +111,7 @@ async fn serve(config: Config, config_path: &Path) -> Result<()> {
     runner.shut_down().await;
     host.stop.cancel();
     host.stop_instances().await;
+    host.repository.save_local_copy(true).await;
     while servers.join_next().await.is_some() {}
     // It ends by itself when the host stops; how does not matter any more.
     let _ = schedule.await;

@@ -8,6 +8,7 @@ pub mod backup_reader;
 pub mod backup_writer;
 pub mod incarnations;
 pub mod lease;
+pub mod local_copy;
 pub mod log_catalogue;
 pub mod log_reader;
 pub mod log_writer;

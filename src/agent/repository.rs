@@ -1,5 +1,6 @@
 //! The repository as the agent sees it: opened when it is first reachable, and asked for by everybody who needs it.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,6 +17,7 @@ use crate::job::ports::RepositoryDoor;
 use crate::repo::repository::Repository;
 use crate::store::Store;
 use crate::store::fs::FsStore;
+use crate::store::metered::MeteredStore;
 use crate::store::s3::{Bandwidth, S3Options, S3Store, Timeouts};
 
 /// Somebody waits who wants to know whether the repository answers: so long and no longer. Long enough for the attempts
@@ -27,6 +29,8 @@ pub struct RepositoryHandle {
     url: RepositoryUrl,
     peers: Arc<Peers>,
     clock: Arc<dyn Clock>,
+    /// Where what is known of the repository is kept between runs.
+    local_copy_dir: PathBuf,
     bandwidth: Bandwidth,
     /// One for the whole agent, with its connections and its limits.
     s3: OnceCell<S3Store>,
@@ -40,6 +44,7 @@ impl RepositoryHandle {
             url: config.repository.url.clone(),
             peers,
             clock,
+            local_copy_dir: config.host.state_dir.join("catalogue"),
             bandwidth: Bandwidth {
                 upload: config.limits.upload_bytes_per_second.map(limit),
                 download: config.limits.download_bytes_per_second.map(limit),
@@ -63,7 +68,9 @@ impl RepositoryHandle {
         if let Some(repository) = self.opened.load_full() {
             return Ok(repository);
         }
-        let repository = Repository::open(self.store().await?).await?;
+        let (store, _) = MeteredStore::around(self.store().await?, self.clock.clone());
+        let (dir, clock) = (self.local_copy_dir.clone(), self.clock.clone());
+        let repository = Repository::open_with_local_copy(store, dir, clock).await?;
         if self.opened.swap(Some(repository.clone())).is_none()
             && let Some(s3) = self.s3.get().cloned()
         {
@@ -78,8 +85,8 @@ impl RepositoryHandle {
     }
 
     /// Makes the configured place a repository; one that is there already is an error that says so.
-    pub async fn init(&self, clock: &dyn Clock) -> Result<()> {
-        Repository::init(self.store().await?, clock.now()).await?;
+    pub async fn init(&self) -> Result<()> {
+        Repository::init(self.store().await?, self.clock.now()).await?;
         Ok(())
     }
 
@@ -88,7 +95,7 @@ impl RepositoryHandle {
         let look = async {
             match self.get().await {
                 // Opened once is not reachable now: the header is read again, which is one small request.
-                Ok(repository) => Repository::open(repository.store().clone()).await.err(),
+                Ok(repository) => repository.check().await.err(),
                 Err(error) => Some(error),
             }
         };
@@ -97,6 +104,13 @@ impl RepositoryHandle {
                 format!("repository '{}' did not answer within {} seconds", self.describe(), LOOK_MAX.as_secs());
             Some(Error::new(Kind::Unreachable, message).hint("is its server running, and the network there?"))
         })
+    }
+
+    /// Keeps what is known of the repository for the next run, at most every ten minutes unless `now`.
+    pub async fn save_local_copy(&self, now: bool) {
+        if let Some(repository) = self.opened.load_full() {
+            repository.local_copy().save(now).await;
+        }
     }
 
     async fn store(&self) -> Result<Arc<dyn Store>> {

@@ -13,6 +13,11 @@ use crate::model::job::{Order, Task};
 /// Windows are given in minutes; looking this often begins a backup in the minute that was asked for.
 const LOOK_EVERY: Duration = Duration::from_secs(30);
 
+/// How long it is believed when the newest backup was; when one seems to be due, it is looked again. A backup that
+/// this agent takes is known at once.
+const BELIEVED: Duration = Duration::from_secs(3600);
+const BELIEVED_WHEN_DUE: Duration = Duration::from_secs(300);
+
 /// Runs until the agent stops.
 pub async fn run(host: Arc<Host>) {
     let local = jiff::tz::TimeZone::system();
@@ -21,13 +26,22 @@ pub async fn run(host: Arc<Host>) {
             () = host.stop.cancelled() => return,
             () = host.clock.sleep(LOOK_EVERY) => {}
         }
+        host.repository.save_local_copy(false).await;
         let now = host.clock.now();
         for instance in host.instances() {
             let Some(schedule) = &instance.config.backup else { continue };
+            let is_due = async |max_age| {
+                let last = instance.last_automatic_backup_began_at(max_age).await?;
+                Ok(next_start(&schedule.schedule, now, last, &local).is_some_and(|start| start <= now))
+            };
+            let is_due: Result<bool> = match is_due(BELIEVED).await {
+                Ok(true) => is_due(BELIEVED_WHEN_DUE).await,
+                other => other,
+            };
             // While the repository cannot be asked, it is not known whether a backup is due; it will be later.
-            let Ok(last) = instance.last_automatic_backup_began_at().await else { continue };
-            let is_due = next_start(&schedule.schedule, now, last, &local).is_some_and(|start| start <= now);
-            if is_due && let Err(error) = order(&host, &instance.config.name).await {
+            if is_due.unwrap_or(false)
+                && let Err(error) = order(&host, &instance.config.name).await
+            {
                 tracing::warn!("cannot begin the scheduled backup of '{}': {error}", instance.config.name);
             }
         }

@@ -32,6 +32,10 @@ const LOOK_AGAIN_AFTER_REFUSAL: Duration = Duration::from_secs(15);
 
 /// How often somebody who waits for the first look asks.
 const FIRST_LOOK_POLL: Duration = Duration::from_millis(50);
+/// Whoever asks for the status again within this is told what was found out for the one before.
+const STATUS_MAX_AGE: Duration = Duration::from_secs(60);
+/// A repository that does not answer must not hold up the status, which says so.
+const STATUS_PATIENCE: Duration = Duration::from_secs(3);
 
 /// What a supervisor needs of its host.
 #[derive(Clone)]
@@ -62,8 +66,6 @@ struct State {
     archiver: Option<Arc<Archiver>>,
     /// Why there is no archiver, while there is none.
     obstacle: Option<Error>,
-    /// Kept between looks, because a published manifest does not change.
-    backups: Option<Arc<Backups>>,
 }
 
 impl Supervisor {
@@ -200,26 +202,27 @@ impl Supervisor {
         })
     }
 
-    /// When the newest automatic backup began.
-    pub async fn last_automatic_backup_began_at(&self) -> Result<Option<Timestamp>> {
-        let backups = self.backups().await?;
-        let automatic = backups.iter().filter(|backup| backup.kind == BackupKind::Automatic);
-        Ok(automatic.map(|backup| backup.began_at).max())
+    /// When the newest automatic backup began, as of a look at the repository that is not older than `max_age`.
+    pub async fn last_automatic_backup_began_at(&self, max_age: Duration) -> Result<Option<Timestamp>> {
+        let incarnation = self.archiver()?.incarnation();
+        let backups = Backups::new(self.around.repository.repository().await?);
+        let newest = backups.newest(incarnation, max_age, |backup| backup.kind == BackupKind::Automatic).await?;
+        Ok(newest.map(|backup| backup.began_at))
     }
 
-    /// The backups of the current incarnation, oldest first.
-    async fn backups(&self) -> Result<Vec<Backup>> {
-        let incarnation = self.archiver()?.incarnation();
-        let repository = self.around.repository.repository().await?;
-        let backups = self.lock().backups.get_or_insert_with(|| Arc::new(Backups::new(repository))).clone();
-        Ok(backups.list(incarnation).await?.backups)
+    /// The newest backup of the current incarnation; what is remembered of it while the repository does not answer.
+    async fn last_backup(&self) -> Option<Backup> {
+        let incarnation = self.archiver().ok()?.incarnation();
+        let backups = Backups::new(self.around.repository.repository().await.ok()?);
+        match tokio::time::timeout(STATUS_PATIENCE, backups.newest(incarnation, STATUS_MAX_AGE, |_| true)).await {
+            Ok(Ok(newest)) => newest,
+            Ok(Err(_)) | Err(_) => backups.newest_remembered(incarnation).await,
+        }
     }
 
     /// What `keiki status` shows.
     pub async fn status(&self) -> InstanceStatus {
-        // A repository that does not answer must not hold up the status, which says so.
-        let last_backup = tokio::time::timeout(STATUS_PATIENCE, self.backups()).await;
-        let last_backup = last_backup.ok().and_then(Result::ok).and_then(|backups| backups.last().cloned());
+        let last_backup = self.last_backup().await;
         let mut status = InstanceStatus {
             name: self.config.name.clone(),
             engine: self.config.engine.name().to_string(),

@@ -44,10 +44,12 @@ pub use state::{ArchiveState, ArchiveStatus};
 use plan::{Archived, Limits, Reached, ShipAction, hole_before, plan_shipping, reached};
 use state::Known;
 
-/// How often the lease is renewed while nobody asks.
+/// How often the lease is renewed while nobody asks: when there is new log to say, and when there is none. Each renewal is
+/// a request that somebody pays for.
 const RENEW_EVERY: Duration = Duration::from_secs(20);
+const RENEW_QUIET_EVERY: Duration = Duration::from_secs(60);
 /// How long a run goes on publishing without a renewal that succeeded.
-const LEASE_TTL: Duration = Duration::from_secs(90);
+const LEASE_TTL: Duration = Duration::from_secs(180);
 /// Whole files in one plan.
 const SEALED_FILES_PER_LOOK: usize = 32;
 const COMPARE_FILES: usize = 4;
@@ -238,9 +240,14 @@ impl Archiver {
     }
 
     async fn renew_if_due(&self) -> Result<()> {
-        let renewed_at = self.lock().renewed_at;
+        let (renewed_at, has_news) = {
+            let known = self.lock();
+            let position = |end: Option<DurableEnd>| end.map(|end| end.position);
+            (known.renewed_at, position(known.covered) != position(known.covered_recorded))
+        };
+        let every = if has_news { RENEW_EVERY } else { RENEW_QUIET_EVERY };
         let age = self.clock.now().duration_since(renewed_at);
-        if age < SignedDuration::try_from(RENEW_EVERY).unwrap_or(SignedDuration::ZERO) {
+        if age < SignedDuration::try_from(every).unwrap_or(SignedDuration::ZERO) {
             return Ok(());
         }
         self.renew().await

@@ -18,7 +18,7 @@ use crate::engine::geometry::log_geometry;
 use crate::engine::{CloneEngine, CloneSite, Recovered};
 use crate::error::{Error, Kind, Result};
 use crate::job::ports::{InstanceRegistry, RepositoryDoor, SourceAgents};
-use crate::job::window::{contiguous, settled};
+use crate::job::window::{confirm_log, contiguous, settled};
 use crate::job::{Restart, StepContext, StepPlan, UndoCause, Work};
 use crate::model::backup::Backup;
 use crate::model::check::{CheckItem, Verdict};
@@ -265,7 +265,7 @@ impl CloneWork {
     }
 
     async fn recover(&self, context: &StepContext) -> Result<()> {
-        let (site, _, source, repository) = self.site(context).await?;
+        let (site, reader, source, repository) = self.site(context).await?;
         if !site::is_of(&site.data_dir, context.order.id)? {
             // The job failed, was undone, and is resumed.
             self.stage(context).await?;
@@ -273,7 +273,9 @@ impl CloneWork {
         // The lease first: what it says is covered is then in the catalogue, which is read later.
         let lease = read_lease(&repository, source.id).await?;
         let covered = lease.and_then(|lease| lease.covered).map(|(position, _)| position);
-        let catalogue = LogCatalogue::load(repository.clone(), source.id).await?;
+        // Hours may have passed since the check. From here on the log is what it is now.
+        confirm_log(&repository, &source, reader.backup()).await?;
+        let catalogue = LogCatalogue::look(&repository, source.id).await?.snapshot();
         let geometry = log_geometry(source.engine, &site.facts)?;
         let end = settled(contiguous(&catalogue, geometry.as_ref())?, covered).last().map(|stretch| stretch.to);
         let logs = Arc::new(RepositoryLog::new(Arc::new(LogReader::new(repository, catalogue)), geometry, end));

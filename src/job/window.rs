@@ -82,7 +82,7 @@ pub async fn window_of(repo: &Arc<Repository>, incarnation: &Incarnation) -> Res
     let geometry = log_geometry(incarnation.engine, &newest.engine_facts)?;
     // The lease first: what it says is covered is then in the catalogue, which is read later.
     let lease = read_lease(repo, incarnation.id).await?;
-    let catalogue = LogCatalogue::load(repo.clone(), incarnation.id).await?;
+    let catalogue = LogCatalogue::look(repo, incarnation.id).await?;
     let covered = lease.as_ref().and_then(|lease| lease.covered).map(|(position, _)| position);
     let mut ranges = Vec::new();
     for stretch in settled(contiguous(&catalogue, geometry.as_ref())?, covered) {
@@ -106,6 +106,27 @@ fn add_backups_without_log(backups: &[Backup], ranges: &mut Vec<LogRange>, lease
         }
     }
     ranges.sort_by_key(|range| range.from);
+}
+
+/// Looks again at all log that replay from a backup may read, whatever is remembered of it; whether something was not as
+/// it was remembered. A clone asks this before it begins, in a request for a thousand files of that log.
+pub async fn confirm_log(repo: &Arc<Repository>, incarnation: &Incarnation, backup: &Backup) -> Result<bool> {
+    let geometry = log_geometry(incarnation.engine, &backup.engine_facts)?;
+    let catalogue = LogCatalogue::look(repo, incarnation.id).await?;
+    let stretches = contiguous(&catalogue, geometry.as_ref())?;
+    let is_meant = |stretch: &&Stretch| stretch.from <= backup.start && backup.start <= stretch.to;
+    let Some(stretch) = stretches.iter().find(is_meant) else { return Ok(true) };
+    let mut first = None;
+    for file in &stretch.files {
+        let begins = geometry.span(file, 0)?.is_some_and(|(from, _)| from <= backup.start);
+        if begins || first.is_none() {
+            first = Some(file);
+        }
+    }
+    let Some(first) = first else { return Ok(true) };
+    let before = catalogue.changes();
+    catalogue.refresh_from(first).await?;
+    Ok(catalogue.changes() != before)
 }
 
 /// Log that was in the repository once and is not there any more, at its end, where no later log shows the hole.

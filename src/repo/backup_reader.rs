@@ -6,7 +6,7 @@
 
 use std::collections::HashMap;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::Arc;
 
 use bytes::{Buf, Bytes, BytesMut};
 use futures_util::StreamExt;
@@ -22,71 +22,17 @@ use crate::model::backup::Backup;
 use crate::model::id::{BackupId, IncarnationId};
 use crate::repo::objects::{OpenObject, object_key, open_object};
 use crate::repo::repository::Repository;
-use crate::store::read::{list_all, read_range};
-use crate::store::{ByteStream, Key, ObjectInfo};
+use crate::store::read::read_range;
+use crate::store::{ByteStream, ObjectInfo};
+
+mod known;
 
 /// Stored bytes of a manifest that are fetched in one request.
 const MANIFEST_FETCH_BYTES: u64 = 4 << 20;
 
-/// The backups of an incarnation.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct BackupList {
-    /// Oldest first.
-    pub backups: Vec<Backup>,
-    /// Manifests that are there and cannot be read, with the reason.
-    pub unreadable: Vec<(BackupId, Error)>,
-}
+pub use known::{BackupList, Backups};
 
-/// What backups there are. Keeps what it has read: a published manifest does not change.
-pub struct Backups {
-    repo: Arc<Repository>,
-    known: Mutex<HashMap<Key, (u64, ManifestObject)>>,
-}
-
-impl Backups {
-    pub fn new(repo: Arc<Repository>) -> Backups {
-        Backups { repo, known: Mutex::default() }
-    }
-
-    fn lock(&self) -> MutexGuard<'_, HashMap<Key, (u64, ManifestObject)>> {
-        // Held for look-ups only, which cannot panic.
-        self.known.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
-    }
-
-    /// All backups of an incarnation. A damaged one does not hide the others.
-    pub async fn list(&self, incarnation: IncarnationId) -> Result<BackupList> {
-        let mut list = BackupList::default();
-        let prefix = layout::backups_prefix(incarnation);
-        let mut pages = list_all(self.repo.store().as_ref(), &prefix, None);
-        while let Some(page) = pages.next().await {
-            for info in page? {
-                let Some(id) = layout::parse_manifest_key(incarnation, info.key.as_str()) else { continue };
-                match self.facts(incarnation, &id, &info).await {
-                    Ok(object) => list.backups.push(object.backup),
-                    Err(error) if matches!(error.kind(), Kind::Damaged | Kind::Unsupported) => {
-                        list.unreadable.push((id, error));
-                    }
-                    // Deleted between the listing and now.
-                    Err(error) if error.kind() == Kind::NotFound => {}
-                    Err(error) => return Err(error),
-                }
-            }
-        }
-        list.backups.sort_by(|one, other| (one.began_at, &one.id).cmp(&(other.began_at, &other.id)));
-        Ok(list)
-    }
-
-    async fn facts(&self, incarnation: IncarnationId, id: &BackupId, info: &ObjectInfo) -> Result<ManifestObject> {
-        if let Some((size_bytes, object)) = self.lock().get(&info.key)
-            && *size_bytes == info.size_bytes
-        {
-            return Ok(object.clone());
-        }
-        let (_, object) = open_manifest(&self.repo, incarnation, id, info).await?;
-        self.lock().insert(info.key.clone(), (info.size_bytes, object.clone()));
-        Ok(object)
-    }
-}
+pub(super) use known::KnownBackups;
 
 async fn open_manifest(
     repo: &Repository,

@@ -20,6 +20,7 @@ use crate::format::layout;
 use crate::format::manifest::ManifestEntry;
 use crate::model::backup::Backup;
 use crate::model::id::{BackupId, IncarnationId, JobId, PackId};
+use crate::repo::backup_reader::Backups;
 use crate::repo::lease::LeaseKeeper;
 use crate::repo::manifest_spool::{FinishedManifest, ManifestSpool};
 use crate::repo::objects::object_key;
@@ -155,6 +156,7 @@ impl BackupWriter {
             Err(error) => return Err(error.while_doing(what())),
         }
         self.is_published.store(true, Ordering::Release);
+        Backups::new(self.shared.repo.clone()).forget_listing(self.shared.incarnation).await;
         self.remove_work_object().await;
         Ok(manifest.backup)
     }

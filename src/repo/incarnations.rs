@@ -1,7 +1,7 @@
 //! The incarnations of a repository: create one, get one, find the one that a person means.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use bytes::Bytes;
 
@@ -10,20 +10,24 @@ use crate::format::document::{DOCUMENT_BYTES_MAX, identity_to_bytes, parse_ident
 use crate::format::layout;
 use crate::model::id::IncarnationId;
 use crate::model::incarnation::Incarnation;
+use crate::repo::local_copy::{Identities, LIST_ALL_EVERY};
 use crate::repo::objects::object_key;
 use crate::repo::repository::Repository;
 use crate::store::PutCondition;
 use crate::store::read::{get_optional, read_all};
 
-/// Identities never change, so each is read once.
+/// How far a listing that goes on from the last one looks back: ids sort by the time at which they were made, by the
+/// clocks of different hosts, and an identity may be stored long after that.
+const LOOK_BACK_MS: u64 = 24 * 3600 * 1000;
+
+/// Identities never change, so each is read once and remembered with the repository.
 pub struct Incarnations {
     repo: Arc<Repository>,
-    known: Mutex<BTreeMap<IncarnationId, Incarnation>>,
 }
 
 impl Incarnations {
     pub fn new(repo: Arc<Repository>) -> Incarnations {
-        Incarnations { repo, known: Mutex::default() }
+        Incarnations { repo }
     }
 
     /// Records a new incarnation. The same one again is success; another one under the same id is a `Conflict`.
@@ -51,9 +55,8 @@ impl Incarnations {
     }
 
     async fn get_if_there(&self, id: IncarnationId) -> Result<Option<Incarnation>> {
-        // Held for a look-up only, so it cannot be poisoned by a panic of its holder.
-        if let Some(found) = self.known.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).get(&id) {
-            return Ok(Some(found.clone()));
+        if let Some(found) = self.repo.local_copy().with_identities(|identities| identities.known.get(&id).cloned()) {
+            return Ok(Some(found));
         }
         let key = object_key(layout::identity_key(id))?;
         let Some(bytes) = get_optional(self.repo.store().as_ref(), &key, DOCUMENT_BYTES_MAX as u64).await? else {
@@ -69,13 +72,36 @@ impl Incarnations {
     }
 
     fn remember(&self, incarnation: Incarnation) {
-        self.known.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).insert(incarnation.id, incarnation);
+        self.repo.local_copy().with_identities(|identities| identities.known.insert(incarnation.id, incarnation));
     }
 
-    /// All incarnations, oldest first. One request per incarnation, whatever lies below it.
+    /// All incarnations, oldest first. Two requests for each that was not known, one for each of the last day before
+    /// the newest, whatever lies below them; once a day all are listed.
     pub async fn all(&self) -> Result<Vec<Incarnation>> {
+        let local_copy = self.repo.local_copy();
+        let now = local_copy.clock().now();
+        let (newest, all_listed_at) = local_copy.with_identities(|identities| {
+            (identities.known.last_key_value().map(|(id, _)| *id), identities.all_listed_at)
+        });
+        let is_recent = all_listed_at.is_some_and(|at| at <= now && now.duration_since(at) < LIST_ALL_EVERY);
+        let start = newest.filter(|_| is_recent).and_then(look_back_from);
+        let found = self.list_after(start.clone()).await?;
+        local_copy.with_identities(|identities| {
+            let is_before = |id: &IncarnationId| start.as_ref().is_some_and(|start| key_of(*id) < *start);
+            identities.known.retain(|id, _| is_before(id) || found.iter().any(|one| one.id == *id));
+            if start.is_none() {
+                identities.all_listed_at = Some(now);
+            }
+            let mut all: Vec<Incarnation> = identities.known.values().cloned().collect();
+            all.sort_by_key(|incarnation| (incarnation.began_at, incarnation.id));
+            Ok(all)
+        })
+    }
+
+    /// The incarnations whose keys come after `start`.
+    async fn list_after(&self, start: Option<String>) -> Result<Vec<Incarnation>> {
         let mut found = Vec::new();
-        let mut after: Option<String> = None;
+        let mut after = start;
         loop {
             let page = self.repo.store().list(layout::INCARNATIONS_PREFIX, after.as_deref(), 1).await?;
             let Some(object) = page.first() else { break };
@@ -87,7 +113,6 @@ impl Incarnations {
             // Without its identity it is not there yet, or not any more.
             found.extend(self.get_if_there(id).await?);
         }
-        found.sort_by_key(|incarnation| (incarnation.began_at, incarnation.id));
         Ok(found)
     }
 
@@ -97,8 +122,36 @@ impl Incarnations {
         if let Ok(id) = IncarnationId::parse(text) {
             return self.get(id).await;
         }
+        let chosen = choose(text, self.all().await?);
+        let is_there = match &chosen {
+            // Somebody may have removed it where nobody has looked since.
+            Ok(incarnation) => {
+                let key = object_key(layout::identity_key(incarnation.id))?;
+                self.repo.store().head(&key).await?.is_some()
+            }
+            Err(error) => error.kind() != Kind::NotFound,
+        };
+        if is_there {
+            return chosen;
+        }
+        self.repo.local_copy().with_identities(|identities| *identities = Identities::default());
         choose(text, self.all().await?)
     }
+}
+
+/// What all keys of an incarnation begin with, without the last slash.
+fn key_of(id: IncarnationId) -> String {
+    format!("{}{id}", layout::INCARNATIONS_PREFIX)
+}
+
+/// After which key to list for everything that may have been added since `newest` was the newest; nothing if its id does
+/// not tell the time. The first twelve hexadecimal digits of an id are milliseconds since 1970 (RFC 9562, version 7).
+fn look_back_from(newest: IncarnationId) -> Option<String> {
+    let text = newest.to_string();
+    let digits = text.get(..13)?.replace('-', "");
+    let milliseconds = u64::from_str_radix(&digits, 16).ok()?.checked_sub(LOOK_BACK_MS)?;
+    let digits = format!("{milliseconds:012x}");
+    Some(format!("{}{}-{}", layout::INCARNATIONS_PREFIX, &digits[..8], &digits[8..]))
 }
 
 /// Pure part of `find`; `all` is sorted by age.

@@ -1,7 +1,8 @@
 //! What the repository holds of an incarnation's log: which files, how far, and what is in them.
 //!
-//! Kept in memory from one LIST of the whole, then refreshed from where it left off. A local writer notes what it ships,
-//! so that an archiving agent lists once in its life. What only the objects themselves know (how long a sealed file is,
+//! Kept in memory from one LIST of the whole, then refreshed from where it left off: what was added is found behind the
+//! last files, what was removed by age before the first one, and about once a day all is listed again, in case something
+//! was removed in between. A local writer notes what it ships, so that an archiving agent lists once in its life. What only the objects themselves know (how long a sealed file is,
 //! which commits it holds) is read from their ends when it is asked for, and kept.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -10,16 +11,18 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use futures_util::StreamExt;
 use jiff::Timestamp;
 
+use crate::base::clock::Clock;
 use crate::error::{Error, Kind, Result};
 use crate::format::container::ContainerKind;
 use crate::format::layout::{self, LogPart};
 use crate::format::summary::LogObject;
 use crate::model::id::IncarnationId;
 use crate::model::log::{ArchivedLogFile, LogChunk, LogSummary};
+use crate::repo::local_copy::{KeptLog, LIST_ALL_EVERY};
 use crate::repo::objects::{OpenObject, object_key, open_object};
 use crate::repo::repository::Repository;
 use crate::store::read::list_all;
-use crate::store::{Key, ObjectInfo};
+use crate::store::{Key, ObjectInfo, Store};
 
 /// A refresh looks again at so many of the last sealed files: a writer that ships in parallel fills gaps behind the
 /// newest one.
@@ -49,7 +52,8 @@ pub(super) struct LogPiece {
 
 /// See the module.
 pub struct LogCatalogue {
-    repo: Arc<Repository>,
+    store: Arc<dyn Store>,
+    clock: Arc<dyn Clock>,
     incarnation: IncarnationId,
     state: Mutex<State>,
 }
@@ -63,16 +67,33 @@ struct State {
     listings: usize,
     noted: Vec<(String, LogPart, u64)>,
     facts: HashMap<Key, Arc<LogObject>>,
+    /// When the whole was listed last.
+    all_listed_at: Option<Timestamp>,
+    /// Grows with whatever changes in `files`.
+    changes: u64,
 }
 
 /// The sizes of the objects of one log file.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-struct FileParts {
+pub(super) struct FileParts {
     sealed: Option<u64>,
     chunks: BTreeMap<(u64, u64), u64>,
 }
 
 impl FileParts {
+    /// Takes the size of the sealed object and from, to and size of each chunk.
+    pub fn of(sealed: Option<u64>, chunks: &[(u64, u64, u64)]) -> FileParts {
+        FileParts { sealed, chunks: chunks.iter().map(|(from, to, size)| ((*from, *to), *size)).collect() }
+    }
+
+    pub fn sealed(&self) -> Option<u64> {
+        self.sealed
+    }
+
+    pub fn chunks(&self) -> Vec<(u64, u64, u64)> {
+        self.chunks.iter().map(|((from, to), size)| (*from, *to, *size)).collect()
+    }
+
     fn add(&mut self, part: LogPart, size_bytes: u64) {
         match part {
             LogPart::Sealed => self.sealed = Some(size_bytes),
@@ -95,12 +116,73 @@ impl FileParts {
 }
 
 impl LogCatalogue {
-    /// Lists the whole log of an incarnation.
+    fn new(repo: &Repository, incarnation: IncarnationId, state: State) -> Arc<LogCatalogue> {
+        let (store, clock) = (repo.store().clone(), repo.local_copy().clock().clone());
+        Arc::new(LogCatalogue { store, clock, incarnation, state: Mutex::new(state) })
+    }
+
+    /// Lists the whole log of an incarnation. For who writes it: from now on everybody else in this process looks at
+    /// the same catalogue, which the writer keeps true.
     pub async fn load(repo: Arc<Repository>, incarnation: IncarnationId) -> Result<Arc<LogCatalogue>> {
-        let catalogue = LogCatalogue { repo, incarnation, state: Mutex::default() };
-        let files = catalogue.list(&layout::log_prefix(incarnation), None).await?;
-        catalogue.lock().files = files;
-        Ok(Arc::new(catalogue))
+        let remembered = repo.local_copy().remembered(incarnation).await;
+        let _one = remembered.asking.lock().await;
+        let catalogue = LogCatalogue::new(&repo, incarnation, State::default());
+        catalogue.list_all().await?;
+        remembered.set_log(catalogue.clone());
+        Ok(catalogue)
+    }
+
+    /// The catalogue that this process has of an incarnation, with what was added and removed by now. Shared: it goes on
+    /// learning.
+    pub async fn look(repo: &Arc<Repository>, incarnation: IncarnationId) -> Result<Arc<LogCatalogue>> {
+        let remembered = repo.local_copy().remembered(incarnation).await;
+        let _one = remembered.asking.lock().await;
+        if let Some(catalogue) = remembered.log() {
+            catalogue.refresh().await?;
+            return Ok(catalogue);
+        }
+        let state = match remembered.take_kept_log() {
+            Some(KeptLog { all_listed_at, files }) => {
+                State { files, all_listed_at: Some(all_listed_at), ..State::default() }
+            }
+            None => State::default(),
+        };
+        let catalogue = LogCatalogue::new(repo, incarnation, state);
+        // Before it is refreshed: if that fails, the next who asks goes on from here.
+        remembered.set_log(catalogue.clone());
+        catalogue.refresh().await?;
+        Ok(catalogue)
+    }
+
+    /// This catalogue as it is now; what others learn later does not change it.
+    pub fn snapshot(&self) -> Arc<LogCatalogue> {
+        let state = self.lock();
+        let state = State {
+            files: state.files.clone(),
+            facts: state.facts.clone(),
+            all_listed_at: state.all_listed_at,
+            ..State::default()
+        };
+        let (store, clock) = (self.store.clone(), self.clock.clone());
+        Arc::new(LogCatalogue { store, clock, incarnation: self.incarnation, state: Mutex::new(state) })
+    }
+
+    /// Grows with whatever changes.
+    pub fn changes(&self) -> u64 {
+        self.lock().changes
+    }
+
+    /// What is to be kept for the next run; nothing before the whole was listed.
+    pub(super) fn to_keep(&self) -> Option<KeptLog> {
+        let state = self.lock();
+        state.all_listed_at.map(|all_listed_at| KeptLog { all_listed_at, files: state.files.clone() })
+    }
+
+    /// How many objects hold the log, and how many bytes they have together.
+    pub fn stored(&self) -> (u64, u64) {
+        let state = self.lock();
+        let sizes = state.files.values().flat_map(|parts| parts.sealed.iter().chain(parts.chunks.values()));
+        sizes.fold((0, 0), |(count, sum), size| (count + 1, size.saturating_add(sum)))
     }
 
     pub fn incarnation(&self) -> IncarnationId {
@@ -114,7 +196,7 @@ impl LogCatalogue {
 
     async fn list(&self, prefix: &str, after: Option<&str>) -> Result<BTreeMap<String, FileParts>> {
         let mut files: BTreeMap<String, FileParts> = BTreeMap::new();
-        let mut pages = list_all(self.repo.store().as_ref(), prefix, after);
+        let mut pages = list_all(self.store.as_ref(), prefix, after);
         while let Some(page) = pages.next().await {
             for ObjectInfo { key, size_bytes, .. } in page? {
                 if let Some((name, part)) = layout::parse_log_key(self.incarnation, key.as_str()) {
@@ -125,8 +207,14 @@ impl LogCatalogue {
         Ok(files)
     }
 
-    /// Learns what was added since the last look, in a number of requests that does not grow with the archive.
+    /// Learns what was added and removed since the last look, in a number of requests that does not grow with the
+    /// archive, but about once a day.
     pub async fn refresh(&self) -> Result<()> {
+        let all_listed_at = self.lock().all_listed_at;
+        let now = self.clock.now();
+        if all_listed_at.is_none_or(|at| at > now || now.duration_since(at) >= LIST_ALL_EVERY) {
+            return self.list_all().await;
+        }
         let _listing = Listing::begin(self);
         let (after, stragglers) = refresh_from(&self.lock().files);
         let prefix = layout::log_prefix(self.incarnation);
@@ -135,10 +223,50 @@ impl LogCatalogue {
         for name in &stragglers {
             found.append(&mut self.list(&layout::log_file_prefix(self.incarnation, name)?, None).await?);
         }
+        let first = match after {
+            Some(_) => self.first_key(&prefix).await?,
+            None => None,
+        };
         self.lock().merge(found, |name| match &after {
-            Some(after) => key_order(name) > key_order(after) || stragglers.iter().any(|straggler| straggler == name),
+            Some(after) => {
+                let order = key_order(name);
+                let is_gone = first.as_ref().is_none_or(|first| order < *first);
+                order > key_order(after) || is_gone || stragglers.iter().any(|straggler| straggler == name)
+            }
             None => true,
         });
+        Ok(())
+    }
+
+    async fn list_all(&self) -> Result<()> {
+        let _listing = Listing::begin(self);
+        let began_at = self.clock.now();
+        let found = self.list(&layout::log_prefix(self.incarnation), None).await?;
+        let mut state = self.lock();
+        state.merge(found, |_| true);
+        state.all_listed_at = Some(began_at);
+        // That is worth to be kept, too.
+        state.changes += 1;
+        Ok(())
+    }
+
+    /// The place of the first file that is there, by `key_order`: what comes before it was removed.
+    async fn first_key(&self, prefix: &str) -> Result<Option<String>> {
+        let page = self.store.list(prefix, None, 1).await?;
+        let file = page.first().and_then(|object| {
+            let (name, _) = layout::parse_log_key(self.incarnation, object.key.as_str())?;
+            Some(key_order(name))
+        });
+        // Something there that is not ours says nothing.
+        Ok(if page.is_empty() { None } else { Some(file.unwrap_or_default()) })
+    }
+
+    /// Looks again at the file `name` and all that come after it, whatever was known of them.
+    pub async fn refresh_from(&self, name: &str) -> Result<()> {
+        let _listing = Listing::begin(self);
+        let prefix = layout::log_file_prefix(self.incarnation, name)?;
+        let found = self.list(&layout::log_prefix(self.incarnation), Some(prefix.trim_end_matches('/'))).await?;
+        self.lock().merge(found, |other| key_order(other) >= key_order(name));
         Ok(())
     }
 
@@ -236,6 +364,7 @@ impl LogCatalogue {
         let part = if *sealed { LogPart::Sealed } else { LogPart::Chunk { from: *from_bytes, to: *to_bytes } };
         let mut state = self.lock();
         state.files.entry(file.clone()).or_default().add(part, size_bytes);
+        state.changes += 1;
         if state.listings > 0 {
             state.noted.push((file.clone(), part, size_bytes));
         }
@@ -266,6 +395,7 @@ impl LogCatalogue {
     /// These chunks were deleted.
     pub(super) fn forget_chunks(&self, name: &str, chunks: &[LogPiece]) {
         let mut state = self.lock();
+        state.changes += 1;
         for chunk in chunks {
             state.facts.remove(&chunk.key);
             if let (LogPart::Chunk { from, to }, Some(parts)) = (chunk.part, state.files.get_mut(name)) {
@@ -311,7 +441,7 @@ impl LogCatalogue {
         if let Some(known) = self.lock().facts.get(&piece.key) {
             return Ok(known.clone());
         }
-        let object = open_object(self.repo.store().as_ref(), &piece.key, piece.size_bytes, ContainerKind::Log).await?;
+        let object = open_object(self.store.as_ref(), &piece.key, piece.size_bytes, ContainerKind::Log).await?;
         let facts = Arc::new(log_object(self.incarnation, &object)?);
         self.lock().keep_facts(piece.key.clone(), facts.clone());
         Ok(facts)
@@ -346,7 +476,11 @@ impl State {
 
     /// Takes over what a listing found for the files that it covered, then what was noted meanwhile.
     fn merge(&mut self, found: BTreeMap<String, FileParts>, is_covered: impl Fn(&str) -> bool) {
+        let before = self.files.len();
         self.files.retain(|name, _| !is_covered(name) || found.contains_key(name));
+        let has_news =
+            before != self.files.len() || found.iter().any(|(name, parts)| self.files.get(name) != Some(parts));
+        self.changes += u64::from(has_news);
         self.files.extend(found);
         for (name, part, size_bytes) in &self.noted {
             if is_covered(name) {
@@ -377,7 +511,7 @@ impl Drop for Listing<'_> {
 }
 
 /// Keys sort by the name with the slash that follows it.
-fn key_order(name: &str) -> impl Ord {
+fn key_order(name: &str) -> String {
     format!("{name}/")
 }
 

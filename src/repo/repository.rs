@@ -1,15 +1,18 @@
 //! A repository as a whole: begin one, open one.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use bytes::Bytes;
 use jiff::Timestamp;
 
+use crate::base::clock::Clock;
 use crate::error::{Error, Kind, Result};
 use crate::format::document::{DOCUMENT_BYTES_MAX, Header};
 use crate::format::layout;
 use crate::model::capabilities::Capabilities;
 use crate::model::id::RepositoryId;
+use crate::repo::local_copy::LocalCopy;
 use crate::store::read::get_optional;
 use crate::store::{Key, PutCondition, Store};
 
@@ -17,6 +20,7 @@ use crate::store::{Key, PutCondition, Store};
 pub struct Repository {
     store: Arc<dyn Store>,
     header: Header,
+    local_copy: LocalCopy,
 }
 
 impl Repository {
@@ -44,7 +48,7 @@ impl Repository {
         store.adopt(&capabilities.clone().unwrap_or_default());
         let header = Header { repository: RepositoryId::fresh(), created_at: now, capabilities };
         match store.put(&key, Bytes::from(header.to_bytes()?), PutCondition::Create).await {
-            Ok(_) => Ok(Arc::new(Repository { store, header })),
+            Ok(_) => Ok(Repository::new(store, header, None)),
             // Somebody else was faster, or the answer to an earlier attempt of this very call was lost.
             Err(error) if error.kind() == Kind::Conflict => Err(exists()),
             Err(error) => Err(error.while_doing(format!("cannot initialise repository '{where_it_is}'"))),
@@ -53,6 +57,35 @@ impl Repository {
 
     /// Opens the repository that a store holds. Refuses one of a version that is not known.
     pub async fn open(store: Arc<dyn Store>) -> Result<Arc<Repository>> {
+        let header = Repository::read_header(&store).await?;
+        Ok(Repository::new(store, header, None))
+    }
+
+    /// Opens a repository and keeps what is learnt of it in files below `dir`, from one run of the agent to the next.
+    /// The files may be lost at any time, and those of another repository do no harm.
+    pub async fn open_with_local_copy(
+        store: Arc<dyn Store>,
+        dir: PathBuf,
+        clock: Arc<dyn Clock>,
+    ) -> Result<Arc<Repository>> {
+        let header = Repository::read_header(&store).await?;
+        Ok(Repository::new(store, header, Some((dir, clock))))
+    }
+
+    fn new(store: Arc<dyn Store>, header: Header, local: Option<(PathBuf, Arc<dyn Clock>)>) -> Arc<Repository> {
+        let local_copy = match local {
+            Some((dir, clock)) => LocalCopy::in_dir(header.repository, dir, clock),
+            None => LocalCopy::in_memory(header.repository),
+        };
+        Arc::new(Repository { store, header, local_copy })
+    }
+
+    /// Whether the repository can be read now: one small request. Errors as [`Repository::open`].
+    pub async fn check(&self) -> Result<()> {
+        Repository::read_header(&self.store).await.map(|_| ())
+    }
+
+    async fn read_header(store: &Arc<dyn Store>) -> Result<Header> {
         let what = format!("cannot open repository '{}'", store.describe());
         let key = Key::parse(layout::HEADER_KEY)?;
         let bytes = get_optional(store.as_ref(), &key, DOCUMENT_BYTES_MAX as u64)
@@ -64,7 +97,12 @@ impl Repository {
         };
         let header = Header::parse(layout::HEADER_KEY, &bytes).map_err(|error| error.while_doing(&what))?;
         store.adopt(&header.capabilities.clone().unwrap_or_default());
-        Ok(Arc::new(Repository { store, header }))
+        Ok(header)
+    }
+
+    /// What this process remembers of it.
+    pub fn local_copy(&self) -> &LocalCopy {
+        &self.local_copy
     }
 
     pub fn store(&self) -> &Arc<dyn Store> {

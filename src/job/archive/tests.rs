@@ -334,3 +334,35 @@ async fn a_server_that_is_down_is_told_from_a_repository_that_is_away() {
     assert!(archiver.look(OpenFile::Now).await.is_err());
     assert_eq!(archiver.status().state, ArchiveState::Down);
 }
+
+#[tokio::test]
+async fn a_quiet_instance_asks_for_next_to_nothing_and_keeps_its_lease() {
+    let clock = ManualClock::new("2026-11-21T10:00:00Z".parse().unwrap());
+    let site = Site::new(clock.clone()).await;
+    site.database.write(1).unwrap();
+    let archiver = site.claim(holder(1)).await.unwrap();
+    archiver.ship_now().await.unwrap();
+    let cancel = CancellationToken::new();
+    let task = tokio::spawn({
+        let (archiver, cancel) = (archiver.clone(), cancel.clone());
+        async move { archiver.run(cancel).await }
+    });
+    let operations =
+        [Operation::Get, Operation::Head, Operation::List, Operation::Put, Operation::PutStream, Operation::Delete];
+    let count = || operations.map(|operation| site.faults.calls(operation));
+    let before = count();
+    // An hour in steps of five seconds, each with a moment for whoever wakes.
+    for _ in 0..720 {
+        clock.advance(Duration::from_secs(5));
+        tokio::time::sleep(Duration::from_millis(1)).await;
+        archiver.lease().check().unwrap();
+    }
+    let [gets, heads, lists, puts, streams, deletes] = std::array::from_fn(|at| count()[at] - before[at]);
+    println!(
+        "in an hour: {gets} gets, {heads} heads, {lists} lists, {puts} puts, {streams} streams, {deletes} deletes"
+    );
+    assert_eq!((gets, heads, lists, streams, deletes), (0, 0, 0, 0, 0));
+    assert!((20..=65).contains(&puts), "{puts} renewals");
+    cancel.cancel();
+    task.await.unwrap().unwrap();
+}

@@ -9,13 +9,14 @@ use crate::error::{Error, Kind, Result};
 use crate::job::clone::log_source::RepositoryLog;
 use crate::job::clone::plan::{Choice, choose};
 use crate::job::clone::{CloneHost, Grower, Place, site};
-use crate::job::window::window_of;
+use crate::job::window::{confirm_log, window_of};
 use crate::model::bytes_text::human_bytes;
 use crate::model::check::{CheckItem, Verdict, worst};
 use crate::model::incarnation::Incarnation;
 use crate::model::job::CloneOrder;
 use crate::model::position::Position;
 use crate::model::target::Target;
+use crate::model::window::Window;
 use crate::repo::log_catalogue::LogCatalogue;
 use crate::repo::log_reader::LogReader;
 use crate::repo::repository::Repository;
@@ -76,7 +77,14 @@ pub async fn check(
         Target::Transaction { id, included } => find_transaction(host, repository, source, id, *included).await?,
         _ => None,
     };
-    let choice = choose(&order.source, &source.host, &order.target, named_at, &backups, &window);
+    let choice = |window: &Window| choose(&order.source, &source.host, &order.target, named_at, &backups, window);
+    let choice = match choice(&window) {
+        // The window is made of what is remembered; what the clone will read is looked at.
+        Ok(chosen) if confirm_log(repository, source, &chosen.backup).await? => {
+            choice(&window_of(repository, source).await?)
+        }
+        other => other,
+    };
     items.push(place_item(host, order, place)?);
     items.push(port_item(host, order, place.port));
     match choice {
@@ -130,7 +138,7 @@ async fn find_name(
     source: &Incarnation,
     name: &str,
 ) -> Result<Option<Position>> {
-    let catalogue = LogCatalogue::load(repository.clone(), source.id).await?;
+    let catalogue = LogCatalogue::look(repository, source.id).await?;
     for file in catalogue.files().iter().rev() {
         let summary = catalogue.summary(&file.name).await?;
         if let Some((_, position)) = summary.named_points.iter().rev().find(|(known, _)| known == name) {
