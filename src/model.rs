@@ -11,6 +11,7 @@ pub mod cost;
 pub mod engine_kind;
 pub mod id;
 pub mod incarnation;
+pub mod inventory;
 pub mod job;
 pub mod log;
 pub mod position;

@@ -7,6 +7,7 @@
 pub mod backup_reader;
 pub mod backup_writer;
 pub mod incarnations;
+pub mod inventory;
 pub mod lease;
 pub mod local_copy;
 pub mod log_catalogue;

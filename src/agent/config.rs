@@ -20,6 +20,7 @@ pub use repository::{RepositoryConfig, RepositoryUrl, S3Config};
 pub use schedule::{BackupWindow, next_start};
 
 mod place;
+mod prices;
 mod raw;
 mod repository;
 mod schedule;

@@ -69,7 +69,9 @@ impl AgentService {
             Request::ListBackups { instance } => views::backups(host, &instance).await.map(Response::Backups),
             Request::ShowWindow { instance } => views::window(host, &instance).await,
             Request::ShipNow { incarnation } => views::ship_now(host, incarnation).await,
-            Request::InitRepository => host.repository.init(host.clock.as_ref()).await.map(|()| Response::Done),
+            Request::ShowRepository => views::repository(host).await.map(Response::Repository),
+            Request::ShowCost => views::cost(host).await.map(Response::RepositoryCost),
+            Request::InitRepository => host.repository.init().await.map(|()| Response::Done),
             Request::PushLog { data_dir, file } => views::push_log(host, caller, &data_dir, &file).await,
             Request::Forward { host: name, request } => {
                 // A peer sees this host, not the person: what this host may do there is what its users may.

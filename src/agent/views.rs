@@ -6,15 +6,18 @@ use std::time::Duration;
 
 use crate::agent::host::Host;
 use crate::error::{Error, Kind, Result};
+use crate::format::FORMAT_VERSION;
 use crate::job::archive::Archiver;
 use crate::job::clone::run_dir_of;
 use crate::model::backup::Backup;
 use crate::model::id::IncarnationId;
 use crate::model::incarnation::Incarnation;
 use crate::peer::access::Caller;
-use crate::peer::api::Response;
+use crate::peer::api::{RepositoryCost, RepositoryFacts, Response};
 use crate::repo::backup_reader::Backups;
 use crate::repo::incarnations::Incarnations;
+use crate::repo::inventory::take_inventory;
+use crate::repo::log_catalogue::LogCatalogue;
 
 /// PostgreSQL asks again after an answer of "not yet", so a question need not be held for long; a segment that is just
 /// being shipped is usually done within this.
@@ -50,6 +53,38 @@ pub async fn window(host: &Host, instance: &str) -> Result<Response> {
     let repository = host.repository.get().await?;
     let window = crate::job::window::window_of(&repository, &incarnation).await?;
     Ok(Response::Window { incarnation: incarnation.id, window })
+}
+
+/// The repository as a whole, by a listing of all of it.
+pub async fn repository(host: &Host) -> Result<RepositoryFacts> {
+    let repository = host.repository.get().await?;
+    Ok(RepositoryFacts {
+        url: host.repository.describe(),
+        id: repository.id(),
+        format_version: FORMAT_VERSION,
+        created_at: repository.created_at(),
+        capabilities: Vec::new(),
+        inventory: take_inventory(&repository).await?,
+    })
+}
+
+/// What this agent asks of its repository, and what is stored there as far as the catalogue says.
+pub async fn cost(host: &Host) -> Result<RepositoryCost> {
+    let repository = host.repository.get().await?;
+    let meter = repository.store().meter();
+    // Before it is asked for what is stored, which takes requests of its own.
+    let reading = meter.map(|meter| meter.read()).ok_or_else(|| {
+        Error::new(Kind::Internal, format!("nothing counts the requests to '{}'", repository.describe()))
+    })?;
+    let mut stored_bytes = 0u64;
+    for incarnation in Incarnations::new(repository.clone()).all().await? {
+        let backups = Backups::new(repository.clone()).list(incarnation.id).await?.backups;
+        let (_, log_bytes) = LogCatalogue::look(&repository, incarnation.id).await?.stored();
+        let of_backups = backups.iter().fold(0u64, |sum, backup| sum.saturating_add(backup.stored_bytes));
+        stored_bytes = stored_bytes.saturating_add(log_bytes).saturating_add(of_backups);
+    }
+    let prices = host.config.repository.prices.clone();
+    Ok(RepositoryCost { repository: host.repository.describe(), reading, stored_bytes, prices })
 }
 
 /// Ships everything that is durable now, for a peer that is about to clone.

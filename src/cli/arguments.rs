@@ -66,7 +66,7 @@ pub enum Verb {
         #[command(subcommand)]
         action: JobAction,
     },
-    /// Prepare the place where everything is kept.
+    /// Prepare the place where everything is kept, see what it holds and what it costs.
     Repository {
         #[command(subcommand)]
         action: RepositoryAction,
@@ -175,6 +175,10 @@ pub enum JobAction {
 pub enum RepositoryAction {
     /// Make the configured place a repository.
     Init,
+    /// Show what it is and what it holds, by instance. Lists all of it.
+    Show,
+    /// Show what this agent asks of it, hour by hour, and what that costs with the prices of the configuration.
+    Cost,
 }
 
 #[derive(Subcommand)]
@@ -226,6 +230,7 @@ set up
   keiki ca init DIR                a certificate authority for your hosts
   keiki ca issue DIR --host NAME   a certificate for one of them
   keiki repository init            prepare the place where everything is kept
+  keiki repository show | cost     what it holds, and what a month of it costs
   keiki agent                      run the agent of this host
 
 'keiki VERB --help' says more; --json prints JSON; --on HOST asks the agent of another host";

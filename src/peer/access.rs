@@ -184,6 +184,8 @@ fn need(request: &Request) -> (Need<'_>, &'static str) {
         Request::Accept { clone } => rule(Permission::Accept, Some(clone), "accept a clone"),
         Request::Discard { clone } => rule(Permission::Discard, Some(clone), "discard a clone"),
         Request::ShipNow { .. } => rule(Permission::Ship, None, "have the log shipped"),
+        Request::ShowRepository => rule(Permission::Status, None, "see what the repository holds"),
+        Request::ShowCost => rule(Permission::Status, None, "see what the repository costs"),
         Request::InitRepository => (Need::LocalAdmin, "initialise the repository"),
         Request::PushLog { .. } => (Need::Local, "ask for a segment of the log"),
         Request::Forward { .. } => (Need::LocalAdmin, "have a request forwarded"),

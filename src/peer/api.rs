@@ -7,7 +7,9 @@ use jiff::Timestamp;
 use crate::error::Error;
 use crate::model::backup::Backup;
 use crate::model::check::CheckItem;
-use crate::model::id::{IncarnationId, JobId};
+use crate::model::cost::{Prices, Reading};
+use crate::model::id::{IncarnationId, JobId, RepositoryId};
+use crate::model::inventory::Inventory;
 use crate::model::job::{JobReport, Order};
 use crate::model::position::Position;
 use crate::model::window::Window;
@@ -63,6 +65,10 @@ pub enum Request {
     },
     /// Initialise the configured repository. Local only. Answered with `Done`.
     InitRepository,
+    /// What the repository is and holds, by a listing of all of it. Answered with `Repository`.
+    ShowRepository,
+    /// What this agent asks of its repository, and what that costs. Answered with `RepositoryCost`.
+    ShowCost,
     /// PostgreSQL asks whether a segment is safe. Local only; answered with `Done` when it is durable.
     PushLog {
         data_dir: String,
@@ -134,6 +140,31 @@ pub enum Response {
     Stored {
         tag: String,
     },
+    Repository(RepositoryFacts),
+    RepositoryCost(RepositoryCost),
+}
+
+/// A repository as a whole.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RepositoryFacts {
+    pub url: String,
+    pub id: RepositoryId,
+    pub format_version: u16,
+    pub created_at: Timestamp,
+    /// What was found out about the store when the repository was begun, as names and values.
+    pub capabilities: Vec<(String, String)>,
+    pub inventory: Inventory,
+}
+
+/// What an agent asks of its repository.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RepositoryCost {
+    pub repository: String,
+    pub reading: Reading,
+    /// By the manifests of all backups and the catalogues of all logs: garbage of failed backups is not in it.
+    pub stored_bytes: u64,
+    /// Nothing if the configuration of the agent names none.
+    pub prices: Option<Prices>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -250,6 +250,8 @@ fn is_repeatable(request: &Request) -> bool {
         | Request::ShowJob { .. }
         | Request::ListBackups { .. }
         | Request::ShowWindow { .. }
+        | Request::ShowRepository
+        | Request::ShowCost
         | Request::ShipNow { .. }
         | Request::PushLog { .. }
         | Request::GetObject { .. }
@@ -279,7 +281,12 @@ fn patience(request: &Request, outgoing: &Outgoing) -> Option<Duration> {
             let bytes = http_body::Body::size_hint(outgoing).exact()?;
             Some(SLOW + Duration::from_secs(bytes / SLOWEST_BYTES_PER_SECOND))
         }
-        Request::PushLog { .. } | Request::ShipNow { .. } | Request::Doctor | Request::Check { .. } => Some(SLOW),
+        Request::PushLog { .. }
+        | Request::ShipNow { .. }
+        | Request::Doctor
+        | Request::Check { .. }
+        | Request::ShowRepository
+        | Request::ShowCost => Some(SLOW),
         _ => Some(QUICK),
     }
 }

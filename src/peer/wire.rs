@@ -21,10 +21,11 @@ use crate::peer::api::{Request, Response};
 
 mod answer;
 mod noun;
+mod repository;
 mod request;
 
 /// Travels in the HTTP header [`PROTOCOL_HEADER`] of each request and answer. Grows with any change of a message.
-pub const PROTOCOL_VERSION: u32 = 1;
+pub const PROTOCOL_VERSION: u32 = 2;
 pub const PROTOCOL_HEADER: &str = "keiki-protocol";
 /// Where requests are posted. It never changes, so that versions can tell each other that they differ.
 pub const REQUEST_PATH: &str = "/v1/request";

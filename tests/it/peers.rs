@@ -20,6 +20,7 @@ use keiki::peer::ca::Authority;
 use keiki::peer::client::{Client, PeerObjects};
 use keiki::peer::server::{LocalUsers, Server, ServerOptions, Service, bind_tcp, bind_unix};
 use keiki::peer::tls::{Identity, TlsConfig, TlsIdentity};
+use keiki::peer::wire::{PROTOCOL_HEADER, PROTOCOL_VERSION};
 use keiki::store::memory::MemoryStore;
 use keiki::store::{ByteStream, Key, PutCondition, Store, Tag};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -238,6 +239,11 @@ fn text(error: &Error) -> String {
 }
 
 /// The frames of a request with the head that belongs to them.
+/// The header by which the versions are compared.
+fn version_line() -> String {
+    format!("{PROTOCOL_HEADER}: {PROTOCOL_VERSION}\r\n")
+}
+
 fn http(head: &str, body: &[u8]) -> Vec<u8> {
     let mut message =
         format!("POST /v1/request HTTP/1.1\r\nhost: keiki\r\nconnection: close\r\n{head}\r\n").into_bytes();
@@ -561,7 +567,7 @@ async fn sixty_four_mebibytes_move_in_bounded_memory() {
 #[tokio::test]
 async fn messages_that_are_not_requests_are_refused_with_a_reason() {
     let site = Site::new().await;
-    let version = "keiki-protocol: 1\r\n";
+    let version = version_line();
     let cases: Vec<(Vec<u8>, &str)> = vec![
         (b"GET / HTTP/1.1\r\nhost: b\r\nconnection: close\r\n\r\n".into(), "an agent does not answer 'GET /'"),
         (http("content-length: 0\r\n", b""), "the caller none"),
@@ -602,7 +608,7 @@ async fn a_head_that_is_too_long_is_refused() {
 async fn a_message_without_end_is_refused_before_it_fills_the_memory() {
     let site = Site::new().await;
     let mut socket = UnixStream::connect(&site.socket).await.unwrap();
-    let head = http("keiki-protocol: 1\r\ncontent-length: 1000000000\r\n", b"");
+    let head = http(&format!("{}content-length: 1000000000\r\n", version_line()), b"");
     socket.write_all(&head).await.unwrap();
     let mut frame = (0x8001_0000u32).to_be_bytes().to_vec();
     frame.extend(vec![0; 0x1_0000]);
@@ -632,7 +638,7 @@ async fn a_caller_that_dribbles_or_says_nothing_is_dropped() {
         assert!(answer.is_ok(), "the connection stayed open after {start:?}");
     }
     // One that is kept after an answer, too.
-    let hello = http("keiki-protocol: 1\r\ncontent-length: 6\r\n", &[0, 0, 0, 2, 0, 0]);
+    let hello = http(&format!("{}content-length: 6\r\n", version_line()), &[0, 0, 0, 2, 0, 0]);
     let kept = readable(&hello).replace("connection: close\r\n", "").into_bytes();
     let answer = tokio::time::timeout(Duration::from_secs(20), site.raw(&kept)).await;
     assert!(readable(&answer.expect("closed when idle")).starts_with("HTTP/1.1 200"));
@@ -642,7 +648,7 @@ async fn a_caller_that_dribbles_or_says_nothing_is_dropped() {
 async fn a_body_that_stalls_ends_the_request() {
     let options = ServerOptions { stall: Duration::from_millis(300), ..ServerOptions::default() };
     let site = Site::with(options, Arc::new(SystemClock)).await;
-    let message = http("keiki-protocol: 1\r\ncontent-length: 100\r\n", &[0, 0, 0, 2, 0]);
+    let message = http(&format!("{}content-length: 100\r\n", version_line()), &[0, 0, 0, 2, 0]);
     let answer = tokio::time::timeout(Duration::from_secs(20), site.raw(&message)).await.expect("an end");
     assert!(readable(&answer).contains("sent nothing for"), "{}", readable(&answer));
 }

@@ -128,6 +128,7 @@ fn plain(message: &str) -> String {
         .replace('`', "'")
         .replace("expected a string", "expected text in double quotes")
         .replace("expected i64", "expected a whole number")
+        .replace("expected f64", "expected a number")
         .replace("invalid type: ", "this is a ")
         .replace("this is a integer", "this is an integer");
     let mut letters = message.trim_end_matches('.').chars();

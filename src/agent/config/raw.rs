@@ -6,6 +6,7 @@ use toml::Spanned;
 
 pub type Text = Spanned<String>;
 pub type Number = Spanned<i64>;
+pub type Amount = Spanned<f64>;
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -65,6 +66,20 @@ pub struct RawRepository {
     pub part_size: Option<Text>,
     pub timeout: Option<Text>,
     pub connections: Option<Number>,
+    pub prices: Option<RawPrices>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RawPrices {
+    pub currency: Text,
+    pub put_per_1000: Option<Amount>,
+    pub list_per_1000: Option<Amount>,
+    pub get_per_1000: Option<Amount>,
+    pub delete_per_1000: Option<Amount>,
+    pub stored_per_gib_month: Option<Amount>,
+    pub received_per_gib: Option<Amount>,
+    pub sent_per_gib: Option<Amount>,
 }
 
 #[derive(Deserialize)]

@@ -5,11 +5,14 @@ use std::time::Duration;
 
 use super::{PeerConfig, Reader, place, raw, value};
 use crate::error::{Error, Kind, Result};
+use crate::model::cost::Prices;
 use crate::store::s3::{CredentialsSource, Encryption, PART_BYTES_MIN, PutOptions};
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RepositoryConfig {
     pub url: RepositoryUrl,
+    /// What its operator asks for; nothing if nobody has said.
+    pub prices: Option<Prices>,
 }
 
 /// Where the repository lies.
@@ -44,9 +47,10 @@ pub struct S3Config {
 
 impl Reader<'_> {
     pub(super) fn repository(&self, raw: &raw::RawRepository, peers: &[PeerConfig]) -> Result<RepositoryConfig> {
+        let prices = raw.prices.as_ref().map(|prices| self.prices(prices)).transpose()?.flatten();
         let url = raw.url.get_ref();
         if let Some(place) = url.strip_prefix("s3://") {
-            return Ok(RepositoryConfig { url: RepositoryUrl::S3(Box::new(self.s3(place, raw)?)) });
+            return Ok(RepositoryConfig { url: RepositoryUrl::S3(Box::new(self.s3(place, raw)?)), prices });
         }
         let url = self.parse(&raw.url, |url| {
             if let Some(path) = url.strip_prefix("file://") {
@@ -64,7 +68,7 @@ impl Reader<'_> {
             Err(Error::new(Kind::BadInput, format!("'{url}' names a host that is not a peer")).hint(hint))
         })?;
         self.nothing_of_s3(raw)?;
-        Ok(RepositoryConfig { url })
+        Ok(RepositoryConfig { url, prices })
     }
 
     /// Keys that only mean something for a bucket are a mistake elsewhere.

@@ -1,6 +1,7 @@
 //! Unit tests of `config`.
 
 use super::*;
+use crate::model::cost::Price;
 use crate::store::s3::{Encryption, PutOptions};
 
 const SMALL: &str = "[host]\nname = \"a\"\n[repository]\nurl = \"file:///srv/keiki\"\n";
@@ -58,7 +59,7 @@ fn a_misspelt_key_is_named_with_its_line_and_the_key_that_was_meant() {
         refusal(&format!("{SMALL}wal_level = 1\n")),
         @r#"
     line 5, key 'repository.wal_level': there is no such key
-    hint: known here: url, endpoint, region, path_style, ca, credentials_file, profile, encryption, kms_key, storage_class, tags, part_size, timeout, connections
+    hint: known here: url, endpoint, region, path_style, ca, credentials_file, profile, encryption, kms_key, storage_class, tags, part_size, timeout, connections, prices
     "#
     );
 }
@@ -477,6 +478,22 @@ fn a_mariadb_server_has_its_own_defaults_and_its_own_keys() {
     assert!(error.message().contains("'socket_dir' means nothing for engine 'mariadb'"), "{error}");
 }
 
+#[test]
+fn prices_are_read_to_the_billionth_and_what_is_no_price_is_refused() {
+    let with = |prices: &str| format!("{SMALL}[repository.prices]\ncurrency = \"USD\"\n{prices}");
+    let prices = |text: &str| parse(&with(text)).unwrap().repository.prices.unwrap();
+    let some = prices("get_per_1000 = 0.0004\nput_per_1000 = 5\n");
+    assert_eq!((some.get_per_1000, some.put_per_1000), (Some(Price(400_000)), Some(Price(5_000_000_000))));
+    assert_eq!((some.currency.as_str(), some.delete_per_1000), ("USD", None));
+    assert_eq!(parse(SMALL).unwrap().repository.prices, None);
+    assert_eq!(
+        refusal(&with("sent_per_gib = -1.0\n")),
+        "line 7, key 'repository.prices.sent_per_gib': '-1' is not a price from 0 to 1000000"
+    );
+    assert!(refusal(&with("sent_per_gib = nan\n")).contains("is not a price"));
+    assert!(refusal(&format!("{SMALL}[repository.prices]\nput_per_1000 = 1.0\n")).contains("'currency' is missing"));
+}
+
 fn sample() -> String {
     std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("config/keiki.toml")).unwrap()
 }
@@ -491,6 +508,7 @@ fn the_sample_file_shows_exactly_the_keys_that_exist() {
         ("listen", "[listen]\n?"),
         ("tls", "[tls]\n?"),
         ("repository", "[repository]\n?"),
+        ("repository.prices", "[repository]\n[repository.prices]\n?"),
         ("peer", "[[peer]]\n?"),
         ("instance", "[[instance]]\n?"),
         ("instance.backup", "[[instance]]\n[instance.backup]\n?"),

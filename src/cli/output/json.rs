@@ -5,10 +5,12 @@ use serde_json::{Value, json};
 use crate::error::Error;
 use crate::model::backup::{Backup, BackupKind};
 use crate::model::check::{CheckItem, Verdict};
+use crate::model::cost::{CostLine, Prices, RequestKind, Usage, monthly};
 use crate::model::id::IncarnationId;
+use crate::model::inventory::Total;
 use crate::model::job::{JobReport, JobState, ProgressUnit, StepReport, StepState, Task};
 use crate::model::window::Window;
-use crate::peer::api::{HostStatus, InstanceState, InstanceStatus};
+use crate::peer::api::{HostStatus, InstanceState, InstanceStatus, RepositoryCost, RepositoryFacts};
 
 pub fn error(error: &Error) -> Value {
     json!({ "error": error.kind().name(), "message": error.message(), "hint": error.hint_text() })
@@ -132,6 +134,57 @@ pub fn host_status(status: &HostStatus) -> Value {
         "repository_error": status.repository_error.as_ref().map(error),
         "instances": status.instances.iter().map(instance).collect::<Vec<_>>(),
         "peers": status.peers.iter().map(|peer| json!({ "name": peer.name, "address": peer.address })).collect::<Vec<_>>(),
+    })
+}
+
+pub fn repository(facts: &RepositoryFacts) -> Value {
+    let total = |total: Total| json!({ "objects": total.objects, "bytes": total.bytes });
+    let incarnations = facts.inventory.incarnations.iter().map(|(incarnation, holdings)| {
+        json!({
+            "incarnation": incarnation.id.to_string(),
+            "host": incarnation.host,
+            "instance": incarnation.instance,
+            "engine": incarnation.engine.name(),
+            "engine_version": incarnation.engine_version,
+            "began_at": incarnation.began_at.to_string(),
+            "parent": incarnation.parent.as_ref().map(|(id, at)| json!({ "incarnation": id.to_string(), "departed_at": at.to_string() })),
+            "backups": holdings.manifests.objects,
+            "log": total(holdings.log),
+            "packs": total(holdings.packs),
+            "manifests": total(holdings.manifests),
+            "rest": total(holdings.rest),
+        })
+    });
+    let capabilities: serde_json::Map<String, Value> =
+        facts.capabilities.iter().map(|(name, value)| (name.clone(), json!(value))).collect();
+    json!({
+        "repository": facts.url,
+        "id": facts.id.to_string(),
+        "format_version": facts.format_version,
+        "created_at": facts.created_at.to_string(),
+        "capabilities": capabilities,
+        "incarnations": incarnations.collect::<Vec<_>>(),
+        "rest": total(facts.inventory.rest),
+    })
+}
+
+pub fn repository_cost(cost: &RepositoryCost) -> Value {
+    let usage = |usage: &Usage| {
+        let requests: serde_json::Map<String, Value> =
+            RequestKind::ALL.iter().map(|kind| (kind.name().to_string(), json!(usage.requests(*kind)))).collect();
+        json!({ "requests": requests, "received_bytes": usage.received_bytes, "sent_bytes": usage.sent_bytes })
+    };
+    let lines = monthly(&cost.reading, cost.stored_bytes, cost.prices.as_ref().unwrap_or(&Prices::default()));
+    let line = |line: &CostLine| json!({ "what": line.what, "monthly": line.monthly, "amount": line.amount.map(|amount| amount as f64 / 1e9) });
+    json!({
+        "repository": cost.repository,
+        "since": cost.reading.since.to_string(),
+        "last_hour_seconds": cost.reading.last_hour_seconds,
+        "last_hour": usage(&cost.reading.last_hour),
+        "total": usage(&cost.reading.total),
+        "stored_bytes": cost.stored_bytes,
+        "month": lines.iter().map(line).collect::<Vec<_>>(),
+        "currency": cost.prices.as_ref().map(|prices| &prices.currency),
     })
 }
 

@@ -60,6 +60,8 @@ fn every_request() -> Vec<Request> {
         Request::ShowWindow { instance: "orders".into() },
         Request::ShipNow { incarnation: IncarnationId::fresh() },
         Request::InitRepository,
+        Request::ShowRepository,
+        Request::ShowCost,
         Request::PushLog { data_dir: "/pg".into(), file: "f".into() },
         Request::Forward { host: "b".into(), request: Box::new(Request::Status) },
         Request::GetObject { key: "k".into(), range: None },

@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 use super::noun::{
     WireBackup, WireCheckItem, WireError, WireInstant, WireJobReport, WirePosition, WireWindow, plain_twin,
 };
+use super::repository::{WireRepositoryCost, WireRepositoryFacts};
 use super::{FRAME_BYTES_MAX, Twin, encoded_bytes};
 use crate::error::{Error, Kind, Result};
 use crate::peer::api::{HostStatus, InstanceState, InstanceStatus, ObjectFacts, PeerFacts, Response};
@@ -26,6 +27,8 @@ pub enum WireAnswer {
     Jobs(Page<WireJobReport>),
     Backups(Page<WireBackup>),
     Objects(Page<WireObjectFacts>),
+    Repository(WireRepositoryFacts),
+    RepositoryCost(WireRepositoryCost),
 }
 
 /// Some items of a list.
@@ -184,6 +187,8 @@ pub fn to_wire(answer: &Result<Response>) -> Vec<WireAnswer> {
         Response::Body { size_bytes } => WireAnswer::Body { size_bytes: *size_bytes },
         Response::Object(facts) => WireAnswer::Object(facts.to_wire()),
         Response::Stored { tag } => WireAnswer::Stored { tag: tag.clone() },
+        Response::Repository(facts) => WireAnswer::Repository(facts.to_wire()),
+        Response::RepositoryCost(cost) => WireAnswer::RepositoryCost(cost.to_wire()),
         Response::Checks(items) => return pages(items, WireAnswer::Checks),
         Response::Jobs(items) => return pages(items, WireAnswer::Jobs),
         Response::Backups(items) => return pages(items, WireAnswer::Backups),
@@ -237,6 +242,8 @@ pub fn from_wire(wire: WireAnswer) -> Result<(Result<Response>, bool)> {
         WireAnswer::Body { size_bytes } => Response::Body { size_bytes },
         WireAnswer::Object(facts) => Response::Object(Twin::from_wire(facts)?),
         WireAnswer::Stored { tag } => Response::Stored { tag },
+        WireAnswer::Repository(facts) => Response::Repository(Twin::from_wire(facts)?),
+        WireAnswer::RepositoryCost(cost) => Response::RepositoryCost(Twin::from_wire(cost)?),
     };
     Ok((Ok(response), false))
 }

@@ -37,6 +37,8 @@ pub enum DirectRequest {
     ListObjects { prefix: String, after: Option<String>, limit: u32 },
     PutObject { key: String, condition: WirePutWhen },
     DeleteObjects { keys: Vec<String> },
+    ShowRepository,
+    ShowCost,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -102,6 +104,8 @@ fn direct_to_wire(request: &Request) -> Result<DirectRequest> {
         Request::ShowWindow { instance } => DirectRequest::ShowWindow { instance },
         Request::ShipNow { incarnation } => DirectRequest::ShipNow { incarnation: incarnation.to_wire() },
         Request::InitRepository => DirectRequest::InitRepository,
+        Request::ShowRepository => DirectRequest::ShowRepository,
+        Request::ShowCost => DirectRequest::ShowCost,
         Request::PushLog { data_dir, file } => DirectRequest::PushLog { data_dir, file },
         Request::GetObject { key, range } => {
             DirectRequest::GetObject { key, range: range.map(|range| (range.start, range.end)) }
@@ -136,6 +140,8 @@ fn direct_from_wire(wire: DirectRequest) -> Result<Request> {
         DirectRequest::ShowWindow { instance } => Request::ShowWindow { instance },
         DirectRequest::ShipNow { incarnation } => Request::ShipNow { incarnation: Twin::from_wire(incarnation)? },
         DirectRequest::InitRepository => Request::InitRepository,
+        DirectRequest::ShowRepository => Request::ShowRepository,
+        DirectRequest::ShowCost => Request::ShowCost,
         DirectRequest::PushLog { data_dir, file } => Request::PushLog { data_dir, file },
         DirectRequest::GetObject { key, range } => Request::GetObject { key, range: range.map(|(from, to)| from..to) },
         DirectRequest::HeadObject { key } => Request::HeadObject { key },

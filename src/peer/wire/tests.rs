@@ -10,12 +10,18 @@ use proptest::prelude::*;
 use super::*;
 use crate::model::backup::{Backup, BackupKind};
 use crate::model::check::{CheckItem, Verdict};
-use crate::model::id::{BackupId, IncarnationId, JobId};
+use crate::model::cost::{Price, Prices, Reading, Usage};
+use crate::model::engine_kind::EngineKind;
+use crate::model::id::{BackupId, IncarnationId, JobId, RepositoryId};
+use crate::model::incarnation::Incarnation;
+use crate::model::inventory::{Holdings, Inventory, Total};
 use crate::model::job::{CloneOrder, JobReport, JobState, Order, ProgressUnit, StepReport, StepState, Task};
 use crate::model::position::{Lsn, Position};
 use crate::model::target::Target;
 use crate::model::window::{Hole, Reach, Window};
-use crate::peer::api::{HostStatus, InstanceState, InstanceStatus, ObjectFacts, PeerFacts, PutWhen};
+use crate::peer::api::{
+    HostStatus, InstanceState, InstanceStatus, ObjectFacts, PeerFacts, PutWhen, RepositoryCost, RepositoryFacts,
+};
 
 // === values of every kind ===
 
@@ -240,6 +246,7 @@ fn direct_request() -> impl Strategy<Value = Request> {
     ];
     prop_oneof![
         prop_oneof![Just(Request::Hello), Just(Request::Status), Just(Request::Doctor), Just(Request::InitRepository)],
+        prop_oneof![Just(Request::ShowRepository), Just(Request::ShowCost)],
         jobs,
         objects,
         text().prop_map(|clone| Request::Accept { clone }),
@@ -278,7 +285,75 @@ fn response() -> impl Strategy<Value = Response> {
         option::of(object()).prop_map(Response::Object),
         vec(object(), 0..9).prop_map(Response::Objects),
         text().prop_map(|tag| Response::Stored { tag }),
+        cost().prop_map(Response::RepositoryCost),
+        facts().prop_map(Response::Repository),
     ]
+}
+
+fn usage() -> impl Strategy<Value = Usage> {
+    any::<([u64; 6], u64, u64)>().prop_map(|(requests, received_bytes, sent_bytes)| Usage {
+        requests,
+        received_bytes,
+        sent_bytes,
+    })
+}
+
+fn prices() -> impl Strategy<Value = Prices> {
+    (text(), vec(option::of(any::<u64>().prop_map(Price)), 7)).prop_map(|(currency, some)| Prices {
+        currency,
+        put_per_1000: some[0],
+        list_per_1000: some[1],
+        get_per_1000: some[2],
+        delete_per_1000: some[3],
+        stored_per_gib_month: some[4],
+        received_per_gib: some[5],
+        sent_per_gib: some[6],
+    })
+}
+
+fn cost() -> impl Strategy<Value = RepositoryCost> {
+    (text(), instant(), usage(), usage(), any::<u64>(), any::<u64>(), option::of(prices())).prop_map(
+        |(repository, since, total, last_hour, last_hour_seconds, stored_bytes, prices)| RepositoryCost {
+            repository,
+            reading: Reading { since, total, last_hour, last_hour_seconds },
+            stored_bytes,
+            prices,
+        },
+    )
+}
+
+fn facts() -> impl Strategy<Value = RepositoryFacts> {
+    let total = || any::<(u64, u64)>().prop_map(|(objects, bytes)| Total { objects, bytes });
+    let holdings = (total(), total(), total(), total()).prop_map(|(log, packs, manifests, rest)| Holdings {
+        log,
+        packs,
+        manifests,
+        rest,
+    });
+    let incarnation =
+        (text(), text(), instant(), option::of(position())).prop_map(|(instance, host, began_at, departed_at)| {
+            Incarnation {
+                id: IncarnationId::fresh(),
+                engine: EngineKind::Postgres,
+                engine_version: String::from("15.8"),
+                instance,
+                host,
+                system_id: String::from("7"),
+                began_at,
+                parent: departed_at.map(|position| (IncarnationId::fresh(), position)),
+            }
+        });
+    let pairs = vec((text(), text()), 0..3);
+    (text(), any::<u16>(), instant(), pairs, vec((incarnation, holdings), 0..4), total()).prop_map(
+        |(url, format_version, created_at, capabilities, incarnations, rest)| RepositoryFacts {
+            url,
+            id: RepositoryId::fresh(),
+            format_version,
+            created_at,
+            capabilities,
+            inventory: Inventory { incarnations, rest },
+        },
+    )
 }
 
 // === what a receiver does ===
@@ -482,9 +557,9 @@ fn a_request_can_be_forwarded_once() {
 /// Goal: agents of two builds understand each other as long as the protocol version is the same. If this test fails,
 /// a message has changed: raise `PROTOCOL_VERSION`.
 #[test]
-fn messages_of_protocol_version_1_keep_their_bytes() {
+fn messages_of_protocol_version_2_keep_their_bytes() {
     let hex = |bytes: &[u8]| bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
-    assert_eq!(PROTOCOL_VERSION, 1);
+    assert_eq!(PROTOCOL_VERSION, 2);
     assert_eq!(hex(&encode_request(&Request::Hello).unwrap()), "000000020000");
     let get = Request::GetObject { key: "a/b".into(), range: Some(1..300) };
     assert_eq!(hex(&encode_request(&get).unwrap()), "0000000b001003612f620101fb2c01");
