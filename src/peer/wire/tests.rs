@@ -223,7 +223,8 @@ fn status() -> impl Strategy<Value = HostStatus> {
     )
 }
 
-fn direct_request() -> impl Strategy<Value = Request> {
+/// Boxed, as all that is made of many: strategies are values as large as everything in them, and a test's stack is small.
+fn direct_request() -> BoxedStrategy<Request> {
     let put_when = prop_oneof![Just(PutWhen::Create), Just(PutWhen::Replace), text().prop_map(PutWhen::IfMatch)];
     let jobs = prop_oneof![
         Just(Request::ListJobs),
@@ -232,7 +233,8 @@ fn direct_request() -> impl Strategy<Value = Request> {
         Just(Request::ResumeJob { id: JobId::fresh() }),
         order().prop_map(|order| Request::Submit { order }),
         order().prop_map(|order| Request::Check { order }),
-    ];
+    ]
+    .boxed();
     let objects = prop_oneof![
         (text(), option::of(any::<std::ops::Range<u64>>())).prop_map(|(key, range)| Request::GetObject { key, range }),
         text().prop_map(|key| Request::HeadObject { key }),
@@ -243,7 +245,8 @@ fn direct_request() -> impl Strategy<Value = Request> {
         }),
         (text(), put_when).prop_map(|(key, condition)| Request::PutObject { key, condition }),
         vec(text(), 0..5).prop_map(|keys| Request::DeleteObjects { keys }),
-    ];
+    ]
+    .boxed();
     prop_oneof![
         prop_oneof![Just(Request::Hello), Just(Request::Status), Just(Request::Doctor), Just(Request::InitRepository)],
         prop_oneof![Just(Request::ShowRepository), Just(Request::ShowCost)],
@@ -256,6 +259,7 @@ fn direct_request() -> impl Strategy<Value = Request> {
         Just(Request::ShipNow { incarnation: IncarnationId::fresh() }),
         (text(), text()).prop_map(|(data_dir, file)| Request::PushLog { data_dir, file }),
     ]
+    .boxed()
 }
 
 fn request() -> impl Strategy<Value = Request> {
@@ -270,13 +274,13 @@ fn object() -> impl Strategy<Value = ObjectFacts> {
     (text(), any::<u64>(), text()).prop_map(|(key, size_bytes, tag)| ObjectFacts { key, size_bytes, tag })
 }
 
-fn response() -> impl Strategy<Value = Response> {
+fn response() -> BoxedStrategy<Response> {
     prop_oneof![
         Just(Response::Done),
         (text(), text(), instant()).prop_map(|(host, version, now)| Response::Hello { host, version, now }),
-        status().prop_map(Response::Status),
+        status().prop_map(Response::Status).boxed(),
         vec(check(), 0..5).prop_map(Response::Checks),
-        job().prop_map(Response::Job),
+        job().prop_map(Response::Job).boxed(),
         vec(job(), 0..4).prop_map(Response::Jobs),
         vec(backup(), 0..4).prop_map(Response::Backups),
         window().prop_map(|window| Response::Window { incarnation: IncarnationId::fresh(), window }),
@@ -285,9 +289,10 @@ fn response() -> impl Strategy<Value = Response> {
         option::of(object()).prop_map(Response::Object),
         vec(object(), 0..9).prop_map(Response::Objects),
         text().prop_map(|tag| Response::Stored { tag }),
-        cost().prop_map(Response::RepositoryCost),
-        facts().prop_map(Response::Repository),
+        cost().prop_map(Response::RepositoryCost).boxed(),
+        facts().prop_map(Response::Repository).boxed(),
     ]
+    .boxed()
 }
 
 fn usage() -> impl Strategy<Value = Usage> {
