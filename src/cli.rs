@@ -1,7 +1,7 @@
 //! The command line: one file per verb, and how things look.
 //!
-//! Every verb takes typed arguments, asks an agent over the control socket, and prints. Nothing here touches a
-//! database or the repository.
+//! Every verb takes typed arguments, asks an agent over the control socket, and prints. Nothing here touches a database;
+//! one verb reads the repository, through the agent: `download`.
 
 use std::process::ExitCode;
 
@@ -17,6 +17,7 @@ mod ca;
 mod clone;
 mod connection;
 mod doctor;
+mod download;
 mod hosts;
 mod instances;
 mod job;

@@ -23,6 +23,7 @@ use crate::model::target::Target;
 pub mod fake;
 pub mod geometry;
 pub mod mysql;
+pub mod plain;
 pub mod postgres;
 pub mod redis;
 

@@ -18,6 +18,7 @@ use crate::model::job::{Order, ProgressUnit};
 pub mod archive;
 pub mod backup;
 pub mod clone;
+pub mod download;
 mod drive;
 pub mod journal;
 pub mod ports;

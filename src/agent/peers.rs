@@ -11,8 +11,8 @@ use crate::model::check::CheckItem;
 use crate::peer::api::{Request, Response};
 use crate::peer::client::{Client, PeerObjects};
 use crate::peer::tls::TlsIdentity;
-use crate::store::Store;
 use crate::store::peer::PeerStore;
+use crate::store::{ByteStream, Store};
 
 /// A client for each configured peer; connections are made when they are needed.
 pub struct Peers {
@@ -41,6 +41,11 @@ impl Peers {
     /// Asks the agent of a host by name.
     pub async fn ask(&self, host: &str, request: Request) -> Result<Response> {
         self.client(host)?.ask(request).await
+    }
+
+    /// Asks the agent of a host for bytes, which come with their number.
+    pub async fn ask_for_body(&self, host: &str, request: Request) -> Result<(u64, ByteStream)> {
+        self.client(host)?.ask_for_body(request).await
     }
 
     /// The repository of another agent, as a store.

@@ -30,6 +30,12 @@ impl Service for AgentService {
         access::decide(&caller, &request, &self.host.config.allow)
             .inspect_err(|error| tracing::warn!("refused: {error}"))
             .map_err(|error| self.as_heard_by(&caller, error))?;
+        if let Request::Forward { host, request: object } = &request
+            && matches!(**object, Request::GetObject { .. })
+        {
+            let (size_bytes, bytes) = self.host.peers.ask_for_body(host, (**object).clone()).await?;
+            return Ok((Response::Body { size_bytes }, Some(bytes)));
+        }
         if objects::is_about_objects(&request) {
             return objects::handle(&self.host, &caller, request, body).await;
         }

@@ -97,6 +97,25 @@ pub enum BackupAction {
     List { instance: String },
     /// Show all that is known of one backup.
     Show { instance: String, backup: String },
+    /// Write a backup as plain files, with the log that makes it consistent.
+    Download {
+        instance: String,
+        backup: String,
+        #[command(flatten)]
+        place: Place,
+    },
+}
+
+/// Where a backup goes that is downloaded.
+#[derive(Args)]
+#[group(required = true, multiple = false)]
+pub struct Place {
+    /// A directory that does not exist yet.
+    #[arg(long, value_name = "DIR")]
+    pub to: Option<PathBuf>,
+    /// A tar archive; '-' is the standard output.
+    #[arg(long, value_name = "FILE")]
+    pub tar: Option<PathBuf>,
 }
 
 #[derive(Args)]
@@ -219,6 +238,8 @@ see what there is
 back up
   keiki backup create INSTANCE     take a base backup now
   keiki backup list INSTANCE
+  keiki backup download INSTANCE BACKUP --to DIR
+                                   a backup as plain files; --tar FILE makes an archive
 
 clone
   keiki clone SOURCE --to HOST --as NAME --at '2026-11-21 09:59:00+00'

@@ -1,10 +1,11 @@
-//! `keiki backup`: take, list and show base backups.
+//! `keiki backup`: take, list, show and download base backups.
 
 use std::collections::BTreeMap;
 
 use crate::cli::Outcome;
 use crate::cli::arguments::BackupAction;
 use crate::cli::connection::{Connection, expect_response};
+use crate::cli::download;
 use crate::cli::job::submit_and_follow;
 use crate::cli::output::{json, table};
 use crate::error::{Error, Kind, Result};
@@ -47,6 +48,9 @@ pub async fn run(agent: &Connection, action: BackupAction, as_json: bool) -> Res
                 show(found);
             }
             Ok(Outcome::Good)
+        }
+        BackupAction::Download { instance, backup, place } => {
+            download::run(agent, instance, backup, place, as_json).await
         }
     }
 }

@@ -1,14 +1,20 @@
 //! The way to the agent: over the control socket of this host, and through it to others.
 
+use std::sync::Arc;
+
 use crate::agent::config::{CONTROL_SOCKET_DEFAULT, Config};
+use crate::base::clock::SystemClock;
+use crate::base::retry::RetryPolicy;
 use crate::cli::arguments::Connect;
 use crate::error::{Error, Kind, Result};
 use crate::peer::api::{Request, Response};
-use crate::peer::client::Client;
+use crate::peer::client::{Client, PeerObjects};
+use crate::store::Store;
+use crate::store::peer::PeerStore;
 
 /// A way to ask the agent of this host, or one of its peers.
 pub struct Connection {
-    client: Client,
+    client: Arc<Client>,
     on: Option<String>,
 }
 
@@ -26,7 +32,7 @@ impl Connection {
                 Err(error) => return Err(error),
             },
         };
-        Ok(Connection { client: Client::unix(&socket), on: connect.on.clone() })
+        Ok(Connection { client: Arc::new(Client::unix(&socket)), on: connect.on.clone() })
     }
 
     /// Asks the agent that the person meant: this host's, or that of `--on`.
@@ -45,6 +51,15 @@ impl Connection {
             }
             None => self.client.ask(request).await,
         }
+    }
+
+    /// The objects of the repository of the agent that the person meant, to be read.
+    pub fn objects(&self) -> Arc<dyn Store> {
+        let carrier = Arc::new(match &self.on {
+            Some(host) => PeerObjects::through(self.client.clone(), host),
+            None => PeerObjects::new(self.client.clone(), "this host"),
+        });
+        Arc::new(PeerStore::over(carrier, Arc::new(SystemClock), RetryPolicy::brief()))
     }
 
     /// The host that was named with `--on`, if any.

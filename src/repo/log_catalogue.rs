@@ -154,6 +154,17 @@ impl LogCatalogue {
         Ok(catalogue)
     }
 
+    /// Only the file `name` and what comes after it; of nobody else's concern.
+    pub async fn beginning_with(
+        repo: &Arc<Repository>,
+        incarnation: IncarnationId,
+        name: &str,
+    ) -> Result<Arc<LogCatalogue>> {
+        let catalogue = LogCatalogue::new(repo, incarnation, State::default());
+        catalogue.refresh_from(name).await?;
+        Ok(catalogue)
+    }
+
     /// This catalogue as it is now; what others learn later does not change it.
     pub fn snapshot(&self) -> Arc<LogCatalogue> {
         let state = self.lock();

@@ -3,6 +3,7 @@
 mod support;
 
 mod bad_input;
+mod download;
 mod catalogue_scale;
 mod story_cost;
 mod engine_contract;

@@ -21,12 +21,26 @@ use crate::store::{ByteStream, Key, ObjectInfo, PutCondition, Store, Tag};
 pub struct PeerObjects {
     client: Arc<Client>,
     host: String,
+    /// The agent that `client` reaches asks the one of `host`.
+    is_forwarded: bool,
 }
 
 impl PeerObjects {
     /// The repository behind the agent of `host`, which `client` reaches.
     pub fn new(client: Arc<Client>, host: &str) -> PeerObjects {
-        PeerObjects { client, host: host.to_string() }
+        PeerObjects { client, host: host.to_string(), is_forwarded: false }
+    }
+
+    /// The repository behind the agent of `host`, which the agent asks that `client` reaches. For reading only.
+    pub fn through(client: Arc<Client>, host: &str) -> PeerObjects {
+        PeerObjects { client, host: host.to_string(), is_forwarded: true }
+    }
+
+    fn request(&self, request: Request) -> Request {
+        match self.is_forwarded {
+            true => Request::Forward { host: self.host.clone(), request: Box::new(request) },
+            false => request,
+        }
     }
 
     fn unexpected(&self, response: &Response) -> Error {
@@ -44,6 +58,10 @@ impl PeerObjects {
     }
 
     async fn send(&self, key: &Key, body: ByteStream, bytes: Option<u64>, condition: PutWhen) -> Result<Tag> {
+        if self.is_forwarded {
+            let reason = format!("cannot store '{key}' through two agents");
+            return Err(Error::new(Kind::Unsupported, reason).hint("ask the agent that has the repository"));
+        }
         let request = Request::PutObject { key: key.to_string(), condition };
         match self.client.ask_with_body(request, body, bytes).await? {
             Response::Stored { tag } => Ok(Tag(tag)),
@@ -65,7 +83,7 @@ impl Store for PeerObjects {
     async fn get(&self, key: &Key, range: Option<Range<u64>>) -> Result<ByteStream> {
         let wanted_bytes = range.as_ref().map(|range| range.end.saturating_sub(range.start));
         let request = Request::GetObject { key: key.to_string(), range };
-        let (size_bytes, body) = self.client.ask_for_body(request).await?;
+        let (size_bytes, body) = self.client.ask_for_body(self.request(request)).await?;
         if wanted_bytes.is_some_and(|wanted| wanted != size_bytes) {
             let message = format!("{} gave {size_bytes} bytes of '{key}', which were not asked for", self.describe());
             return Err(Error::new(Kind::Damaged, message));
@@ -87,7 +105,7 @@ impl Store for PeerObjects {
     }
 
     async fn head(&self, key: &Key) -> Result<Option<ObjectInfo>> {
-        match self.client.ask(Request::HeadObject { key: key.to_string() }).await? {
+        match self.client.ask(self.request(Request::HeadObject { key: key.to_string() })).await? {
             Response::Object(facts) => facts.map(|facts| self.info(facts)).transpose(),
             other => Err(self.unexpected(&other)),
         }
@@ -96,7 +114,7 @@ impl Store for PeerObjects {
     async fn list(&self, prefix: &str, after: Option<&str>, limit: usize) -> Result<Vec<ObjectInfo>> {
         let limit = u32::try_from(limit).unwrap_or(u32::MAX);
         let request = Request::ListObjects { prefix: prefix.to_string(), after: after.map(str::to_string), limit };
-        match self.client.ask(request).await? {
+        match self.client.ask(self.request(request)).await? {
             Response::Objects(facts) => facts.into_iter().map(|facts| self.info(facts)).collect(),
             other => Err(self.unexpected(&other)),
         }
@@ -106,7 +124,7 @@ impl Store for PeerObjects {
         // One message holds a thousand keys of any length.
         for keys in keys.chunks(crate::store::LIST_PAGE_OBJECTS_MAX) {
             let keys = keys.iter().map(Key::to_string).collect();
-            match self.client.ask(Request::DeleteObjects { keys }).await? {
+            match self.client.ask(self.request(Request::DeleteObjects { keys })).await? {
                 Response::Done => {}
                 other => return Err(self.unexpected(&other)),
             }
