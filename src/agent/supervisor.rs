@@ -48,8 +48,6 @@ pub struct Surroundings {
     pub ship_lanes: usize,
 }
 
-/// For how long the status waits for the repository.
-const STATUS_PATIENCE: Duration = Duration::from_secs(3);
 
 /// An instance of this host with the task that archives it.
 pub struct Supervisor {

@@ -10,6 +10,7 @@ use crate::format::FORMAT_VERSION;
 use crate::job::archive::Archiver;
 use crate::job::clone::run_dir_of;
 use crate::model::backup::Backup;
+use crate::model::capabilities::Capabilities;
 use crate::model::id::IncarnationId;
 use crate::model::incarnation::Incarnation;
 use crate::peer::access::Caller;
@@ -63,9 +64,22 @@ pub async fn repository(host: &Host) -> Result<RepositoryFacts> {
         id: repository.id(),
         format_version: FORMAT_VERSION,
         created_at: repository.created_at(),
-        capabilities: Vec::new(),
+        capabilities: repository.capabilities().map(capability_lines).unwrap_or_default(),
         inventory: take_inventory(&repository).await?,
     })
+}
+
+/// What was found out about a bucket, in words.
+fn capability_lines(found: &Capabilities) -> Vec<(String, String)> {
+    let word = |can: bool, yes: &str, no: &str| if can { yes.to_string() } else { no.to_string() };
+    let checksums: Vec<&str> = found.checksums.iter().map(|kind| kind.name()).collect();
+    vec![
+        ("creation".to_string(), word(found.conditional_create, "by condition", "by claims")),
+        ("replacement".to_string(), word(found.conditional_replace, "by condition", "by claims")),
+        ("parts".to_string(), word(found.conditional_complete, "by condition", "by claims")),
+        ("listing".to_string(), word(found.ordered_listing, "in order", "not in order")),
+        ("checksums".to_string(), if checksums.is_empty() { "none".to_string() } else { checksums.join(", ") }),
+    ]
 }
 
 /// What this agent asks of its repository, and what is stored there as far as the catalogue says.

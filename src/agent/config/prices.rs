@@ -10,9 +10,10 @@ const BILLIONTHS: f64 = 1e9;
 const PRICE_MAX: f64 = 1e6;
 
 impl Reader<'_> {
-    pub(super) fn prices(&self, raw: &raw::RawPrices) -> Result<Prices> {
+    /// Nothing if no price is more than nothing: then nobody has filled them in.
+    pub(super) fn prices(&self, raw: &raw::RawPrices) -> Result<Option<Prices>> {
         let price = |amount: &Option<raw::Amount>| amount.as_ref().map(|amount| self.price(amount)).transpose();
-        Ok(Prices {
+        let prices = Prices {
             currency: self.word_or(&Some(raw.currency.clone()), "")?,
             put_per_1000: price(&raw.put_per_1000)?,
             list_per_1000: price(&raw.list_per_1000)?,
@@ -21,7 +22,17 @@ impl Reader<'_> {
             stored_per_gib_month: price(&raw.stored_per_gib_month)?,
             received_per_gib: price(&raw.received_per_gib)?,
             sent_per_gib: price(&raw.sent_per_gib)?,
-        })
+        };
+        let all = [
+            prices.put_per_1000,
+            prices.list_per_1000,
+            prices.get_per_1000,
+            prices.delete_per_1000,
+            prices.stored_per_gib_month,
+            prices.received_per_gib,
+            prices.sent_per_gib,
+        ];
+        Ok(all.iter().flatten().any(|price| price.0 > 0).then_some(prices))
     }
 
     fn price(&self, amount: &raw::Amount) -> Result<Price> {
