@@ -48,7 +48,6 @@ pub struct Surroundings {
     pub ship_lanes: usize,
 }
 
-
 /// An instance of this host with the task that archives it.
 pub struct Supervisor {
     pub config: InstanceConfig,
