@@ -257,12 +257,17 @@ impl S3Store {
     /// Aborts uploads in parts below the prefix that began more than a day ago: whoever began them has died, or has
     /// given up without being able to say so. Returns how many there were. Servers that cannot list uploads have none.
     pub async fn abort_stale_uploads(&self) -> Result<usize> {
-        const STALE_AFTER_SECONDS: i64 = 24 * 3600;
+        self.abort_uploads_older_than(Duration::from_secs(24 * 3600)).await
+    }
+
+    /// The same for another age. The age is by the clock of this host and what the server says about the begin, so it
+    /// should be large beside the difference of clocks that servers allow.
+    pub async fn abort_uploads_older_than(&self, age: Duration) -> Result<usize> {
         let unfinished = match self.ask("cannot list unfinished uploads", || self.bucket().unfinished_uploads()).await {
             Err(error) if error.kind() == Kind::Unsupported => return Ok(0),
             other => other?,
         };
-        let oldest = self.inner.clock.now().as_second() - STALE_AFTER_SECONDS;
+        let oldest = self.inner.clock.now().as_second() - i64::try_from(age.as_secs()).unwrap_or(i64::MAX);
         let mut aborted = 0;
         for upload in unfinished.iter().filter(|upload| upload.begun_at < oldest) {
             tracing::info!("aborting an upload of '{}' that a dead writer left", upload.name);

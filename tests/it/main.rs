@@ -20,6 +20,7 @@ mod postgres_source;
 mod s3_errors;
 mod s3_lease;
 mod s3_outage;
+mod s3_store;
 mod story_s3;
 mod story_slot;
 mod redis_source;

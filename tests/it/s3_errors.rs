@@ -67,9 +67,7 @@ async fn keys_that_may_not_write_and_a_bucket_that_is_missing_are_told() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_clock_that_is_an_hour_off_is_told() {
-    // s3s-fs looks at the time of a request; SeaweedFS takes any.
-    let directory = TempDir::new().unwrap();
-    let options = in_process::start(directory.path(), Conditions::Honoured).await;
+    let options = Weed::shared().options(&fresh_prefix());
     let clock = ManualClock::new(Timestamp::now() - jiff::SignedDuration::from_hours(1));
     let error = init_error(options, clock).await;
     assert_says(&error, Kind::Forbidden, "clocks of this host and of the server differ", "timedatectl");
