@@ -19,7 +19,7 @@ WITH_SERVERS = set -a; source "$$(packaging/test-servers.sh env-file)"; set +a;
 
 .PHONY: help
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-22s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-22s %s\n", $$1, $$2 }' Makefile
 
 .PHONY: build
 build: ## build the optimised binary
@@ -55,37 +55,21 @@ run-tests: install-test-servers ## every test but the stories
 	fi
 
 # A story that is not there would pass in silence, so it is looked for first.
-.PHONY: story-postgres
+TELL = @$(WITH_SERVERS) \
+	listed=$$($(CARGO) test --locked --quiet --test it -- --list); \
+	grep -q '$(subst -,_,$@).*: test$$' <<<"$$listed" || \
+		{ echo "error: tests/it has no test called '$(subst -,_,$@)'" >&2; exit 1; }; \
+	$(CARGO) test --locked --test it $(subst -,_,$@) -- --nocapture --test-threads=1
+
+.PHONY: story-postgres story-mariadb story-redis story-s3
 story-postgres: install-test-servers ## the ledger: clones to many moments, each row checked, on every PostgreSQL
-	@$(WITH_SERVERS) \
-	listed=$$($(CARGO) test --locked --quiet --test it -- --list); \
-	grep -q 'story_postgres.*: test$$' <<<"$$listed" || \
-		{ echo "error: tests/it has no test called 'story_postgres'" >&2; exit 1; }; \
-	$(CARGO) test --locked --test it story_postgres -- --nocapture --test-threads=1
-
-.PHONY: story-mariadb
+	$(TELL)
 story-mariadb: install-test-servers ## the ledger on MariaDB: clones to many moments, each row checked
-	@$(WITH_SERVERS) \
-	listed=$$($(CARGO) test --locked --quiet --test it -- --list); \
-	grep -q 'story_mariadb.*: test$$' <<<"$$listed" || \
-		{ echo "error: tests/it has no test called 'story_mariadb'" >&2; exit 1; }; \
-	$(CARGO) test --locked --test it story_mariadb -- --nocapture --test-threads=1
-
-.PHONY: story-redis
+	$(TELL)
 story-redis: install-test-servers ## the ledger on Redis: clones to many moments, each key compared by DUMP
-	@$(WITH_SERVERS) \
-	listed=$$($(CARGO) test --locked --quiet --test it -- --list); \
-	grep -q 'story_redis.*: test$$' <<<"$$listed" || \
-		{ echo "error: tests/it has no test called 'story_redis'" >&2; exit 1; }; \
-	$(CARGO) test --locked --test it story_redis -- --nocapture --test-threads=1
-
-.PHONY: story-s3
-story-s3: install-test-servers ## the same with the repository in a bucket of a real S3 server
-	@$(WITH_SERVERS) \
-	listed=$$($(CARGO) test --locked --quiet --test it -- --list); \
-	grep -q 'story_s3.*: test$$' <<<"$$listed" || \
-		{ echo "error: tests/it has no test called 'story_s3'" >&2; exit 1; }; \
-	$(CARGO) test --locked --test it story_s3 -- --nocapture --test-threads=1
+	$(TELL)
+story-s3: install-test-servers ## the ledger of PostgreSQL with the repository in a bucket of a real S3 server
+	$(TELL)
 
 .PHONY: deb
 deb: build ## build the Debian package
