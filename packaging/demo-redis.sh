@@ -22,7 +22,9 @@ as_server_user() {
 
 clean_up() {
   set +e
-  "$redis_bin/redis-cli" -s "$lab/clones/cart-check.run/redis.sock" SHUTDOWN NOSAVE >/dev/null 2>&1
+  for socket in "$lab/clones/cart-check.run/redis.sock" "$lab/cart/s"; do
+    "$redis_bin/redis-cli" -s "$socket" SHUTDOWN NOSAVE >/dev/null 2>&1
+  done
   for process in "${processes[@]}"; do kill "$process" 2>/dev/null && wait "$process" 2>/dev/null; done
   if [ "${finished:-no}" != yes ]; then
     echo; echo "the demo did not finish; the last words of the agents:"
