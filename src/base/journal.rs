@@ -12,6 +12,7 @@ use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{BufRead, BufReader, ErrorKind};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use super::durable::{fsync_dir, parent_of};
 use crate::error::{Context, Error, Kind, Result};
@@ -21,6 +22,10 @@ pub const LINE_BYTES_MAX: usize = 16 << 20;
 
 /// Eight digits and a space.
 const PREFIX_BYTES: usize = 9;
+
+/// How long to wait for a lock that somebody holds, and how often to look.
+const LOCK_PATIENCE: Duration = Duration::from_secs(2);
+const LOCK_POLL: Duration = Duration::from_millis(5);
 
 /// A journal that is open for appending.
 #[derive(Debug)]
@@ -32,6 +37,18 @@ pub struct Journal {
     /// After a failed fsync nobody knows what is on the disk (the kernel forgets the dirty pages), so nothing more is
     /// promised until the file has been read again.
     broken: bool,
+}
+
+/// A child process that this process is just starting has all its open files, and so its locks, until it becomes another
+/// program (flock(2), execve(2)): a lock that was given up a moment ago may seem to be held for that long.
+fn lock_patiently(file: &File) -> std::result::Result<(), TryLockError> {
+    let patience_ends = Instant::now() + LOCK_PATIENCE;
+    loop {
+        match file.try_lock() {
+            Err(TryLockError::WouldBlock) if Instant::now() < patience_ends => std::thread::sleep(LOCK_POLL),
+            outcome => return outcome,
+        }
+    }
 }
 
 impl Journal {
@@ -46,7 +63,7 @@ impl Journal {
             .mode(0o600)
             .open(path)
             .context(what)?;
-        match file.try_lock() {
+        match lock_patiently(&file) {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => {
                 return Err(Error::new(Kind::Conflict, format!("{}: another process writes it", what()))
@@ -204,6 +221,18 @@ mod tests {
         let (_journal, _) = Journal::open(&path).unwrap();
         assert_eq!(Journal::open(&path).unwrap_err().kind(), Kind::Conflict);
         assert_eq!(Journal::read_all(&path).unwrap().len(), 1);
+    }
+
+    #[test]
+    fn a_lock_that_is_given_up_in_a_moment_is_waited_for() {
+        let (_directory, path, _) = journal_of(&["one"]);
+        let (held, _) = Journal::open(&path).unwrap();
+        let holder = std::thread::spawn(move || {
+            std::thread::sleep(LOCK_PATIENCE / 10);
+            drop(held);
+        });
+        assert_eq!(Journal::open(&path).unwrap().1.len(), 1);
+        holder.join().unwrap();
     }
 
     #[test]

@@ -125,7 +125,9 @@ impl JobRunner {
             }
             tracing::info!(job = %job.id, "a job was interrupted and is picked up");
             if let Err(error) = self.pick_up(&job).await {
-                tracing::error!(job = %job.id, "cannot pick up an interrupted job: {error}");
+                // Nobody drives it, so it must not look as if it ran: it is over until the agent starts the next time.
+                let error = error.while_doing("cannot pick up the interrupted job");
+                super::drive::end(&self.inner, &job, super::records::EndRecord::Failed, Some(&error)).await;
             }
         }
     }

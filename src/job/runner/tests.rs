@@ -187,6 +187,30 @@ async fn two_jobs_that_want_the_same_thing_do_not_run_together() {
 }
 
 #[tokio::test]
+async fn a_job_that_cannot_be_picked_up_does_not_look_as_if_it_ran() {
+    let directory = tempfile::tempdir().unwrap();
+    let order = backup("orders");
+    let dead = runner(directory.path(), &Script::new(&["one"]));
+    dead.submit(order.clone()).await.unwrap();
+    until_running(&dead, order.id, "two").await;
+    dead.shut_down().await;
+    let journal = std::fs::read_dir(directory.path().join("jobs")).unwrap().next().unwrap().unwrap().path();
+    let somebody = crate::base::journal::Journal::open(&journal).unwrap();
+    let next = runner(directory.path(), &Script::new(&STEPS));
+    next.recover_interrupted().await;
+    let report = next.wait(order.id).await.unwrap();
+    assert_eq!(report.state, JobState::Failed);
+    assert!(report.error.unwrap().message().contains("another process writes it"));
+    next.shut_down().await;
+    drop(somebody);
+    // What its journal says has not changed: the agent that starts next goes on.
+    let last = runner(directory.path(), &Script::new(&STEPS));
+    last.recover_interrupted().await;
+    assert_eq!(last.wait(order.id).await.unwrap().state, JobState::Done);
+    last.shut_down().await;
+}
+
+#[tokio::test]
 async fn a_job_whose_agent_dies_goes_on_from_the_step_that_the_plan_names() {
     for (dies_in, then) in [("one", "one again"), ("two", "one again"), ("three", "three again")] {
         let directory = tempfile::tempdir().unwrap();
