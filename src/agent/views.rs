@@ -52,7 +52,9 @@ pub async fn backups(host: &Host, instance: &str) -> Result<Vec<Backup>> {
 pub async fn window(host: &Host, instance: &str) -> Result<Response> {
     let incarnation = find_incarnation(host, instance).await?;
     let repository = host.repository.get().await?;
-    let window = crate::job::window::window_of(&repository, &incarnation).await?;
+    let archived_here = host.instances().into_iter().find(|instance| instance.incarnation() == Some(incarnation.id));
+    let shipped = archived_here.and_then(|instance| instance.archiver().ok()?.status().shipped);
+    let window = crate::job::window::window_of(&repository, &incarnation, shipped).await?;
     Ok(Response::Window { incarnation: incarnation.id, window })
 }
 

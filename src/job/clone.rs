@@ -18,7 +18,7 @@ use crate::engine::geometry::log_geometry;
 use crate::engine::{CloneEngine, CloneSite, Recovered};
 use crate::error::{Error, Kind, Result};
 use crate::job::ports::{InstanceRegistry, RepositoryDoor, SourceAgents};
-use crate::job::window::{confirm_log, contiguous, settled};
+use crate::job::window::confirm_log;
 use crate::job::{Restart, StepContext, StepPlan, UndoCause, Work};
 use crate::model::backup::Backup;
 use crate::model::check::{CheckItem, Verdict};
@@ -26,10 +26,10 @@ use crate::model::engine_kind::EngineKind;
 use crate::model::id::{BackupId, IncarnationId, check_name};
 use crate::model::incarnation::Incarnation;
 use crate::model::job::{CloneOrder, JobReport, Task};
+use crate::model::position::Position;
 use crate::model::target::utc_text;
 use crate::repo::backup_reader::{BackupReader, Backups};
 use crate::repo::incarnations::Incarnations;
-use crate::repo::lease::read_lease;
 use crate::repo::log_catalogue::LogCatalogue;
 use crate::repo::log_reader::LogReader;
 use crate::repo::repository::Repository;
@@ -60,6 +60,7 @@ mod facts {
     pub const SOURCE: &str = "source_incarnation";
     pub const ENGINE: &str = "engine";
     pub const BACKUP: &str = "backup";
+    pub const LOG_END: &str = "log_end";
     pub const DEPARTED_AT: &str = "departed_at";
     pub const INCARNATION: &str = "incarnation";
     pub const BEGAN_AT: &str = "incarnation_began_at";
@@ -232,6 +233,7 @@ impl CloneWork {
         let checked = check::check(&self.host, &repository, &source, &self.order, &self.place(context)?).await?;
         context.checks(checked.items.clone());
         let warnings = checked.items.iter().filter(|item| item.verdict == Verdict::Warn).count();
+        let log_end = checked.log_end;
         let choice = checked.into_choice(&self.order)?;
         context.progress().note(match warnings {
             0 => "everything passed".to_string(),
@@ -239,6 +241,9 @@ impl CloneWork {
             many => format!("{many} warnings"),
         });
         context.record(facts::BACKUP, choice.backup.id.to_string()).await?;
+        if let Some(end) = log_end {
+            context.record(facts::LOG_END, end.to_string()).await?;
+        }
         context.result("from backup", choice.backup.id.to_string());
         Ok(())
     }
@@ -270,14 +275,11 @@ impl CloneWork {
             // The job failed, was undone, and is resumed.
             self.stage(context).await?;
         }
-        // The lease first: what it says is covered is then in the catalogue, which is read later.
-        let lease = read_lease(&repository, source.id).await?;
-        let covered = lease.and_then(|lease| lease.covered).map(|(position, _)| position);
         // Hours may have passed since the check. From here on the log is what it is now.
         confirm_log(&repository, &source, reader.backup()).await?;
         let catalogue = LogCatalogue::look(&repository, source.id).await?.snapshot();
         let geometry = log_geometry(source.engine, &site.facts)?;
-        let end = settled(contiguous(&catalogue, geometry.as_ref())?, covered).last().map(|stretch| stretch.to);
+        let end = context.fact(facts::LOG_END).map(|text| Position::parse(&text)).transpose()?;
         let logs = Arc::new(RepositoryLog::new(Arc::new(LogReader::new(repository, catalogue)), geometry, end));
         let recovered = self
             .host
@@ -406,7 +408,7 @@ fn kind_of(recorded: Option<&str>) -> Result<EngineKind> {
 
 /// Enough of a site to stop its server, where the repository cannot be asked any more.
 fn bare_site(host: &CloneHost, grower: &Grower, order: &CloneOrder, data_dir: &std::path::Path) -> CloneSite {
-    let nowhere = crate::model::position::Position::Count(0);
+    let nowhere = Position::Count(0);
     CloneSite {
         clone_name: order.clone_name.clone(),
         data_dir: data_dir.to_path_buf(),

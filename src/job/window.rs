@@ -63,29 +63,29 @@ pub fn contiguous(catalogue: &LogCatalogue, geometry: &dyn LogGeometry) -> Resul
 }
 
 /// Leaves out the stretches at the end that lie behind log that is still on its way. Whole files are shipped side by side,
-/// so a later one may be there before an earlier one; what an archiver has recorded as covered was without a gap. A gap
-/// before that is a hole, and stays.
-pub fn settled(mut stretches: Vec<Stretch>, covered: Option<Position>) -> Vec<Stretch> {
-    let Some(covered) = covered else { return stretches };
+/// so a later one may be there before an earlier one. Only an archiver that is at work can say so: up to `shipped`, says
+/// the one that was just asked, nothing is missing. A gap before that is a hole, and if nobody is at work each gap is.
+fn settled(mut stretches: Vec<Stretch>, shipped: Option<Position>) -> Vec<Stretch> {
+    let Some(shipped) = shipped else { return stretches };
     while let [.., earlier, _] = stretches.as_slice()
-        && !is_gap(earlier.to, covered)
+        && !is_gap(earlier.to, shipped)
     {
         stretches.pop();
     }
     stretches
 }
 
-/// The window of an incarnation. Without any backup nothing can be reached.
-pub async fn window_of(repo: &Arc<Repository>, incarnation: &Incarnation) -> Result<Window> {
+/// The window of an incarnation. Without any backup nothing can be reached. `shipped` is what the archiver says that is at
+/// work on it, if one is: it has shipped everything up to there, and is shipping what comes later.
+pub async fn window_of(repo: &Arc<Repository>, incarnation: &Incarnation, shipped: Option<Position>) -> Result<Window> {
     let backups = Backups::new(repo.clone()).list(incarnation.id).await?.backups;
     let Some(newest) = backups.last() else { return Ok(Window::default()) };
     let geometry = log_geometry(incarnation.engine, &newest.engine_facts)?;
     // The lease first: what it says is covered is then in the catalogue, which is read later.
     let lease = read_lease(repo, incarnation.id).await?;
     let catalogue = LogCatalogue::look(repo, incarnation.id).await?;
-    let covered = lease.as_ref().and_then(|lease| lease.covered).map(|(position, _)| position);
     let mut ranges = Vec::new();
-    for stretch in settled(contiguous(&catalogue, geometry.as_ref())?, covered) {
+    for stretch in settled(contiguous(&catalogue, geometry.as_ref())?, shipped) {
         ranges.push(range_of(&catalogue, &stretch, lease.as_ref()).await?);
     }
     add_backups_without_log(&backups, &mut ranges, lease.as_ref());

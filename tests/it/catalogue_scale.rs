@@ -239,13 +239,13 @@ impl Agent {
     /// What `keiki window` asks.
     async fn window(&self) -> Window {
         let incarnation = Incarnations::new(self.repo.clone()).find("orders").await.unwrap();
-        window_of(&self.repo, &incarnation).await.unwrap()
+        window_of(&self.repo, &incarnation, None).await.unwrap()
     }
 
     /// What a clone asks before it begins: as its check list does.
     async fn start_of_a_clone(&self) -> Window {
         let incarnation = Incarnations::new(self.repo.clone()).find("a/orders").await.unwrap();
-        let window = window_of(&self.repo, &incarnation).await.unwrap();
+        let window = window_of(&self.repo, &incarnation, None).await.unwrap();
         let backups = Backups::new(self.repo.clone()).list(incarnation.id).await.unwrap().backups;
         let is_as_remembered = !confirm_log(&self.repo, &incarnation, backups.last().unwrap()).await.unwrap();
         assert!(is_as_remembered);

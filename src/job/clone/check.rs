@@ -32,6 +32,9 @@ pub struct Checked {
     pub items: Vec<CheckItem>,
     /// What the clone is made from, unless the target cannot be reached.
     pub choice: Option<Choice>,
+    /// Where the log ends that the clone may read, if somebody is adding to it: what is there behind that may have gaps
+    /// that are being filled.
+    pub log_end: Option<Position>,
     /// Why the target cannot be reached: this is what the person reads first.
     pub refusal: Option<Error>,
 }
@@ -69,8 +72,9 @@ pub async fn check(
         "source",
         format!("'{}' on host '{}', {} {}", source.instance, source.host, source.engine.name(), source.engine_version),
     )];
-    items.push(source_agent_item(host, source).await);
-    let window = window_of(repository, source).await?;
+    let (source_agent, shipped) = source_agent_item(host, source).await;
+    items.push(source_agent);
+    let mut window = window_of(repository, source, shipped).await?;
     let backups = host.backups_of(repository, source.id).await?;
     let named_at = match &order.target {
         Target::Name(name) => find_name(repository, source, name).await?,
@@ -81,10 +85,13 @@ pub async fn check(
     let choice = match choice(&window) {
         // The window is made of what is remembered; what the clone will read is looked at.
         Ok(chosen) if confirm_log(repository, source, &chosen.backup).await? => {
-            choice(&window_of(repository, source).await?)
+            window = window_of(repository, source, shipped).await?;
+            choice(&window)
         }
         other => other,
     };
+    let newest = window.reaches.last().filter(|_| shipped.is_some() && window.holes.is_empty());
+    let log_end = newest.map(|reach| reach.to);
     items.push(place_item(host, order, place)?);
     items.push(port_item(host, order, place.port));
     match choice {
@@ -106,7 +113,7 @@ pub async fn check(
                 }
                 Err(error) => vec![failed("server programs", &error)],
             });
-            Ok(Checked { items, choice: Some(choice), refusal: None })
+            Ok(Checked { items, choice: Some(choice), log_end, refusal: None })
         }
         Err(refusal) => {
             items.push(CheckItem::fail(
@@ -114,21 +121,24 @@ pub async fn check(
                 refusal.message(),
                 refusal.hint_text().unwrap_or("see 'keiki window'"),
             ));
-            Ok(Checked { items, choice: None, refusal: Some(refusal) })
+            Ok(Checked { items, choice: None, log_end: None, refusal: Some(refusal) })
         }
     }
 }
 
-/// Asks the source's agent to ship what is durable now, so that the newest targets are reachable. A clone is possible
-/// without it.
-async fn source_agent_item(host: &CloneHost, source: &Incarnation) -> CheckItem {
+/// Asks the source's agent to ship what is durable now, so that the newest targets are reachable; up to where it has. A
+/// clone is possible without it.
+async fn source_agent_item(host: &CloneHost, source: &Incarnation) -> (CheckItem, Option<Position>) {
+    let what = "source's agent";
     match host.sources.ship_now(&source.host, source.id).await {
-        Ok(end) => CheckItem::pass("source's agent", format!("has shipped everything up to {}", end.position)),
-        Err(error) => CheckItem::warn(
-            "source's agent",
-            error.message(),
-            "the clone can reach what was shipped before; 'keiki window' shows how far that is",
-        ),
+        Ok(end) => {
+            let found = format!("has shipped everything up to {}", end.position);
+            (CheckItem::pass(what, found), Some(end.position))
+        }
+        Err(error) => {
+            let hint = "the clone can reach what was shipped before; 'keiki window' shows how far that is";
+            (CheckItem::warn(what, error.message(), hint), None)
+        }
     }
 }
 

@@ -20,7 +20,7 @@ async fn the_window_reaches_from_the_first_backup_to_what_the_source_had_made_du
     let site = Site::new().await;
     let archiver = site.archiver().await;
     let incarnation = site.incarnation(&archiver).await;
-    assert_eq!(window_of(&site.repo, &incarnation).await.unwrap(), Window::default());
+    assert_eq!(window_of(&site.repo, &incarnation, None).await.unwrap(), Window::default());
     site.write(100);
     let backup = site.back_up(&archiver).await;
     site.write(100);
@@ -28,7 +28,7 @@ async fn the_window_reaches_from_the_first_backup_to_what_the_source_had_made_du
     // The database is quiet from now on; the agent goes on looking.
     site.clock.advance(Duration::from_secs(3600));
     archiver.ship_now().await.unwrap();
-    let window = window_of(&site.repo, &incarnation).await.unwrap();
+    let window = window_of(&site.repo, &incarnation, None).await.unwrap();
     assert_eq!(window.holes, []);
     let reach = &window.reaches[0];
     assert_eq!((reach.from, reach.to), (Position::Count(100), Position::Count(200)));
@@ -46,7 +46,7 @@ async fn a_backup_of_a_server_that_never_wrote_is_reachable() {
     assert_eq!(backup.start, backup.stop);
     site.clock.advance(Duration::from_secs(60));
     archiver.ship_now().await.unwrap();
-    let window = window_of(&site.repo, &incarnation).await.unwrap();
+    let window = window_of(&site.repo, &incarnation, None).await.unwrap();
     assert_eq!((window.reaches[0].from, window.reaches[0].to), (backup.start, backup.start));
     assert_eq!(window.reaches[0].covered_until.map(utc_text), Some(utc_text(site.clock.now())));
 }
@@ -67,7 +67,7 @@ async fn log_that_was_lost_is_a_hole_with_the_times_on_both_sides() {
     let archiver = site.archiver().await;
     site.write(1);
     archiver.ship_now().await.unwrap();
-    let window = window_of(&site.repo, &incarnation).await.unwrap();
+    let window = window_of(&site.repo, &incarnation, None).await.unwrap();
     assert_eq!(window.reaches.len(), 1, "behind the hole there is no backup yet");
     assert_eq!(window.reaches[0].to, Position::Count(100));
     assert_eq!(window.reaches[0].covered_until, Some(before));
@@ -75,7 +75,7 @@ async fn log_that_was_lost_is_a_hole_with_the_times_on_both_sides() {
     assert_eq!((hole.from, hole.to), (Position::Count(100), Position::Count(256)));
     assert!(hole.from_time.unwrap() <= hole.to_time.unwrap());
     site.back_up(&archiver).await;
-    assert_eq!(window_of(&site.repo, &incarnation).await.unwrap().reaches.len(), 2);
+    assert_eq!(window_of(&site.repo, &incarnation, None).await.unwrap().reaches.len(), 2);
 }
 
 /// The stretches of archived WAL: of a segment in chunks the key says how far it goes.
@@ -93,17 +93,17 @@ async fn stretches_of_wal(objects: &[&str]) -> Vec<(Position, Position)> {
 }
 
 #[test]
-fn log_behind_a_gap_is_on_its_way_until_more_than_the_gap_was_covered() {
+fn log_behind_a_gap_is_on_its_way_if_somebody_ships_it_and_the_gap_is_a_hole_otherwise() {
     let stretch = |from, to| Stretch { from: wal(1, from), to: wal(1, to), files: vec![format!("{from}")] };
     let all = vec![stretch(10, 50), stretch(60, 70), stretch(80, 90)];
-    let kept = |covered| settled(all.clone(), covered).len();
-    // Two gaps behind what is covered: both are being filled.
+    let kept = |shipped| settled(all.clone(), shipped).len();
+    // Two gaps behind what is shipped: both are being filled.
     assert_eq!(kept(Some(wal(1, 40))), 1);
     assert_eq!(kept(Some(wal(1, 50))), 1);
     // The archiver has come past the first gap: that one is a hole.
     assert_eq!(kept(Some(wal(1, 65))), 2);
     assert_eq!(kept(Some(wal(1, 90))), 3);
-    // Nobody says what is covered: a gap is a gap.
+    // Nobody is at work: a gap is a gap.
     assert_eq!(kept(None), 3);
     assert_eq!(settled(Vec::new(), Some(wal(1, 40))), []);
 }
