@@ -15,7 +15,7 @@ use crate::engine::postgres::ondisk::control::RecoveryParameters;
 use crate::engine::postgres::ondisk::segment::SegmentName;
 use crate::engine::postgres::server::{running_postmaster, segment_being_replayed, stop_now};
 use crate::engine::postgres::session::{Session, lsn_column};
-use crate::error::{Error, Kind, Result};
+use crate::error::{Context, Error, Kind, Result};
 use crate::model::position::Lsn;
 
 /// A restart point writes what is dirty in memory; it is asked for only when the disk is nearly full.
@@ -25,6 +25,7 @@ const RESTART_POINT_SECONDS_MAX: u64 = 3600;
 /// timeline once it has replayed all log that it can find. It is what `pg_ctl promote` does, and unlike
 /// `pg_promote()` it needs no connection, which a server that is not yet consistent refuses.
 const PROMOTE_FILE: &str = "promote";
+const PROMOTE_FILE_UNFINISHED: &str = "promote.unfinished";
 
 /// See the module.
 pub struct Replica<'a> {
@@ -167,7 +168,12 @@ impl<'a> Replica<'a> {
     pub fn promote(&self) -> Result<()> {
         let process =
             self.process.ok_or_else(|| Error::new(Kind::Internal, "the recovering server was not started"))?;
-        write_owned(&self.grounds.server.user, &self.site.data_dir.join(PROMOTE_FILE), b"")?;
+        // The server looks for the file at every SIGUSR1, of its own processes too, and removes it: so it must get its
+        // name when it is the server's already.
+        let file = self.site.data_dir.join(PROMOTE_FILE);
+        let unfinished = self.site.data_dir.join(PROMOTE_FILE_UNFINISHED);
+        write_owned(&self.grounds.server.user, &unfinished, b"")?;
+        std::fs::rename(&unfinished, &file).context(|| format!("cannot ask for '{}'", file.display()))?;
         process.signal(Signal::SIGUSR1)?;
         Ok(())
     }
