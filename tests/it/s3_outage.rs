@@ -9,6 +9,9 @@ use super::support::s3::{Weed, fresh_prefix};
 use super::support::s3_proxy::{Proxy, Weather};
 use super::support::two_hosts::{Ship, TwoHosts, Via};
 
+/// Added to the section of the repository, so that nobody waits long for a server that hangs.
+const SHORT_TIMEOUT: &str = "\ntimeout = \"2s\"";
+
 /// What an agent may need in all, whatever waits for the server to come back.
 const RESIDENT_KIB_MAX: u64 = 400 << 10;
 
@@ -29,7 +32,7 @@ fn resident_kib(process: u32) -> u64 {
 fn an_outage_of_any_kind_loses_nothing_and_is_told() {
     let mut weed = Weed::start();
     let proxy = Proxy::start(weed.port());
-    let lines = weed.repository_lines_at(&proxy.endpoint(), &fresh_prefix());
+    let lines = weed.repository_lines_at(&proxy.endpoint(), &fresh_prefix()) + SHORT_TIMEOUT;
     let stage = TwoHosts::start_on(Ship::ArchiveCommand, Via::Directory, &lines);
     stage.source.sql("CREATE TABLE t (i int, filler text)");
     stage.a.keiki_ok(&["backup", "create", "orders"]);
@@ -82,7 +85,8 @@ fn a_restore_through_a_bad_network_is_exact_or_names_what_it_could_not_read() {
     let weed = Weed::shared();
     let prefix = fresh_prefix();
     let proxy = Proxy::start(weed.port());
-    let mut stage = TwoHosts::start_on(Ship::Slot, Via::Directory, &weed.repository_lines(&prefix));
+    let lines = weed.repository_lines(&prefix) + SHORT_TIMEOUT;
+    let mut stage = TwoHosts::start_on(Ship::Slot, Via::Directory, &lines);
     stage.b.rewrite_config(|text| text.replace(&weed.endpoint(), &proxy.endpoint()));
     stage.b.stop_agent();
     stage.b.start_agent();

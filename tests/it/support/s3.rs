@@ -168,7 +168,7 @@ impl Weed {
     pub fn repository_lines_at(&self, endpoint: &str, prefix: &str) -> String {
         let keys = self.credentials_file();
         format!(
-            "url = \"s3://{BUCKET}/{prefix}\"\nendpoint = \"{endpoint}\"\ncredentials_file = \"{}\"\ntimeout = \"2s\"",
+            "url = \"s3://{BUCKET}/{prefix}\"\nendpoint = \"{endpoint}\"\ncredentials_file = \"{}\"",
             keys.display()
         )
     }
