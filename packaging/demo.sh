@@ -5,20 +5,10 @@
 # Takes: KEIKI (the binary) and KEIKI_TEST_PG15_BIN (directory with initdb and postgres), both set by the Makefile.
 set -euo pipefail
 
-keiki=$(readlink -f "${KEIKI:?set KEIKI to the binary, or run this as: make demo}")
 pg_bin=${KEIKI_TEST_PG15_BIN:?set KEIKI_TEST_PG15_BIN, or run this as: make demo}
-lab=$(mktemp -d /tmp/keiki-demo-XXXXXX)
-chmod 755 "$lab"
 if [ "$(id -u)" = 0 ]; then server_user=postgres; else server_user=$(id -un); fi
-agents=()
-
-as_server_user() {
-  if [ "$(id -u)" = 0 ]; then
-    setpriv --reuid="$server_user" --regid="$(id -g "$server_user")" --init-groups -- "$@"
-  else
-    "$@"
-  fi
-}
+# shellcheck source=packaging/demo-lab.sh
+source "$(dirname "${BASH_SOURCE[0]}")/demo-lab.sh"
 
 stop_server() { # DATA_DIR
   if [ -f "$1/postmaster.pid" ]; then
@@ -26,37 +16,12 @@ stop_server() { # DATA_DIR
   fi
 }
 
-clean_up() {
-  set +e
-  for agent in "${agents[@]}"; do kill "$agent" 2>/dev/null && wait "$agent" 2>/dev/null; done
+stop_servers() {
   stop_server "$lab/clones/orders-check"
   stop_server "$lab/orders"
-  if [ "${finished:-no}" != yes ]; then
-    echo; echo "the demo did not finish; the last words of the agents:"
-    tail -n 15 "$lab"/host-*/agent.log 2>/dev/null
-  fi
-  rm -rf "$lab"
 }
-trap clean_up EXIT
-trap 'exit 130' INT TERM
 
-bold() { if [ -t 1 ]; then printf '\n\033[1m%s\033[0m\n' "$*"; else printf '\n%s\n' "$*"; fi; }
-show() { printf '  $ %s\n' "$*"; }
-indent() { sed 's/^/    /'; }
-free_port() { python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
 sql() { "$pg_bin/psql" -X -q -A -t -v ON_ERROR_STOP=1 -h "$1" -p "$2" -U "$server_user" -d postgres -c "$3"; }
-on_a() { "$keiki" --config "$lab/host-a/keiki.toml" "$@"; }
-on_b() { "$keiki" --config "$lab/host-b/keiki.toml" "$@"; }
-
-wait_until() { # DESCRIPTION COMMAND...
-  local what=$1 tries=0
-  shift
-  until "$@" >/dev/null 2>&1; do
-    tries=$((tries + 1))
-    if [ "$tries" -gt 300 ]; then echo "gave up waiting for $what" >&2; exit 1; fi
-    sleep 0.1
-  done
-}
 
 bold '1. A PostgreSQL server, "orders", with an archive_command that asks keiki whether a segment is safe.'
 pg_port=$(free_port); port_a=$(free_port); port_b=$(free_port); clone_port=$(free_port)
@@ -75,47 +40,11 @@ as_server_user "$pg_bin/pg_ctl" -D "$lab/orders" -l "$lab/run/orders.log" -w sta
 show "archive_command = 'keiki wal-push %p'"
 
 bold '2. A certificate authority of our own, and a certificate for each host.'
-"$keiki" ca init "$lab/ca" | indent
-"$keiki" ca issue "$lab/ca" --host a | indent
-"$keiki" ca issue "$lab/ca" --host b | indent
-
-write_config() { # NAME LISTEN PEER PEER_PORT REPOSITORY
-  cat >"$lab/host-$1/keiki.toml" <<CONF
-[host]
-name = "$1"
-state_dir = "$lab/host-$1/state"
-control_socket = "$lab/host-$1/keiki.sock"
-
-[listen]
-address = "127.0.0.1:$2"
-
-[tls]
-ca = "$lab/ca/ca.pem"
-certificate = "$lab/ca/issued/$1.pem"
-key = "$lab/ca/issued/$1.key"
-
-[repository]
-url = "$5"
-
-[[peer]]
-name = "$3"
-address = "127.0.0.1:$4"
-
-[clone]
-data_root = "$lab/clones"
-bin_dir = "$pg_bin"
-run_as = "$server_user"
-listen_addresses = "127.0.0.1"
-
-[[allow]]
-who = "host:*"
-may = ["status", "backup", "clone", "accept", "discard", "job", "ship", "read-repository", "write-repository"]
-instances = ["*"]
-CONF
-}
+make_certificates
 
 bold '3. Two agents. Host b cannot reach the repository: it reads it through host a.'
-write_config a "$port_a" b "$port_b" "file://$lab/repository"
+clones="bin_dir = \"$pg_bin\""
+write_config a "$port_a" b "$port_b" "file://$lab/repository" "$clones"
 cat >>"$lab/host-a/keiki.toml" <<CONF
 
 [[instance]]
@@ -129,17 +58,8 @@ run_as = "$server_user"
 ship = "archive_command"
 ship_every = "1s"
 CONF
-write_config b "$port_b" a "$port_a" "peer://a"
-for host in a b; do
-  "$keiki" --config "$lab/host-$host/keiki.toml" agent >"$lab/host-$host/agent.log" 2>&1 &
-  agents+=($!)
-done
-wait_until 'agent a' on_a hosts
-wait_until 'agent b' on_b hosts
-show 'keiki repository init'
-on_a repository init | indent
-archiving() { on_a status | grep -q archiving; }
-wait_until 'archiving to begin' archiving
+write_config b "$port_b" a "$port_a" "peer://a" "$clones"
+start_agents
 show 'keiki hosts'
 on_a hosts | indent
 
