@@ -6,6 +6,8 @@ pub mod clock;
 pub mod durable;
 pub mod journal;
 pub mod memory;
+pub mod ownership;
+pub mod processes;
 pub mod random;
 pub mod rate;
 pub mod resolve;

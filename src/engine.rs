@@ -26,6 +26,7 @@ pub mod mysql;
 pub mod plain;
 pub mod postgres;
 pub mod redis;
+mod server_log;
 
 pub use geometry::{LogGeometry, log_geometry};
 

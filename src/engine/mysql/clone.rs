@@ -15,7 +15,8 @@ use tokio_util::sync::CancellationToken;
 
 use crate::base::bulk::run_blocking;
 use crate::base::child::Process;
-use crate::base::durable::{fsync_dir, parent_of, sync_filesystem, write_file_durable};
+use crate::base::durable::{fsync_dir, parent_of, sync_filesystem};
+use crate::base::ownership::{give_to, write_owned};
 use crate::base::random::random_u64;
 use crate::base::users::User;
 use crate::engine::mysql::geometry::{BinlogGeometry, log_name};
@@ -152,21 +153,6 @@ fn password_in(user: &User, run_dir: &Path) -> Result<String> {
         write_owned(user, &path, format!("{password}\n").as_bytes())?;
     }
     read_password(&path)
-}
-
-/// Makes `path` the user's own, if we act as somebody else.
-pub fn give_to(user: &User, path: &Path) -> Result<()> {
-    if user.is_current() {
-        return Ok(());
-    }
-    std::os::unix::fs::lchown(path, Some(user.uid), Some(user.gid))
-        .context(|| format!("cannot give '{}' to user '{}'", path.display(), user.name))
-}
-
-/// Replaces or creates a file of the user's, readable by nobody else.
-pub fn write_owned(user: &User, path: &Path, content: &[u8]) -> Result<()> {
-    write_file_durable(path, content, 0o600)?;
-    give_to(user, path)
 }
 
 impl MariaDbCloner {

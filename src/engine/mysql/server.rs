@@ -4,25 +4,25 @@
 //! but a server that died is noticed and its last log lines are quoted; a server is known by the data directory that its
 //! process works in (`sql/mysqld.cc`: it changes into it), never by a number that may be given again.
 
-use std::fs::File;
-use std::io::{Read, Seek, SeekFrom};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use tokio_util::sync::CancellationToken;
 
-use crate::base::child::{ChildCommand, Process, process_start_ticks};
+use crate::base::child::{ChildCommand, Process};
+use crate::base::processes::DirectoryId;
 use crate::base::users::User;
 use crate::engine::mysql::programs::{Program, SERVER};
 use crate::engine::mysql::session::{Endpoint, Session};
+use crate::engine::server_log::{LogMarks, last_log_lines};
 use crate::error::{Context, Error, Kind, Result};
 
 /// How often a condition is looked at while waiting for a server.
 const POLL: Duration = Duration::from_millis(20);
-/// How much of the end of a log is looked at for a message.
-const LOG_TAIL_BYTES: u64 = 16 << 10;
+const LOG_MARKS: LogMarks =
+    LogMarks { started: "starting as process", grave: &["[ERROR]"], lines_of_reason: 3, lines_of_end: 2 };
 /// The longest path of a unix socket (unix(7): sun_path has 108 bytes with the NUL).
 const SOCKET_PATH_BYTES_MAX: usize = 107;
 
@@ -102,7 +102,7 @@ impl Server {
         if process.is_alive() {
             return Ok(());
         }
-        let words = last_log_lines(&self.log_file);
+        let words = last_log_lines(&self.log_file, LOG_MARKS);
         let reason = format!("MariaDB in '{}' stopped by itself: {words}", self.data_dir.display());
         Err(Error::new(Kind::Server, reason).hint(format!("the whole log is '{}'", self.log_file.display())))
     }
@@ -137,48 +137,7 @@ pub async fn stop_now(data_dir: &Path) -> Result<()> {
 
 /// The server that works in this directory, if there is one. Seen only for processes of our own user, or as root.
 pub fn running_in(data_dir: &Path) -> Option<Process> {
-    let directory = id_of(data_dir)?;
-    let pids = std::fs::read_dir("/proc").into_iter().flatten();
-    let pids = pids.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<u32>().ok());
-    pids.filter(|pid| is_server(*pid) && id_of(&PathBuf::from(format!("/proc/{pid}/cwd"))) == Some(directory))
-        .filter_map(|pid| Some(Process { pid, start_ticks: process_start_ticks(pid)? }))
-        .find(Process::is_alive)
-}
-
-fn id_of(path: &Path) -> Option<(u64, u64)> {
-    std::fs::metadata(path).ok().map(|metadata| (metadata.dev(), metadata.ino()))
-}
-
-/// A shell in the directory is not a server. A program that was upgraded meanwhile is shown with ` (deleted)`.
-fn is_server(pid: u32) -> bool {
-    let program = std::fs::read_link(format!("/proc/{pid}/exe")).ok();
-    let name = program.as_deref().and_then(Path::file_name).map(|name| name.to_string_lossy().into_owned());
-    name.is_some_and(|name| SERVER.iter().any(|server| name.strip_suffix(" (deleted)").unwrap_or(&name) == *server))
-}
-
-/// The lines of a server's log that say why it stopped, in one line.
-fn last_log_lines(path: &Path) -> String {
-    let read = || -> std::io::Result<Vec<u8>> {
-        let mut file = File::open(path)?;
-        let length = file.metadata()?.len();
-        file.seek(SeekFrom::Start(length.saturating_sub(LOG_TAIL_BYTES)))?;
-        let mut bytes = Vec::new();
-        file.take(LOG_TAIL_BYTES).read_to_end(&mut bytes)?;
-        Ok(bytes)
-    };
-    let bytes = read().unwrap_or_default();
-    let text = String::from_utf8_lossy(&bytes);
-    let lines: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
-    // From the first error of the last start on.
-    let started = lines.iter().rposition(|line| line.contains("starting as process")).unwrap_or(0);
-    let from = match lines[started..].iter().position(|line| line.contains("[ERROR]")) {
-        Some(index) => started + index,
-        None => lines.len().saturating_sub(2),
-    };
-    match lines[from..].iter().take(3).copied().collect::<Vec<_>>().join(" / ") {
-        empty if empty.is_empty() => String::from("its log is empty"),
-        quoted => format!("its log says '{quoted}'"),
-    }
+    DirectoryId::of(data_dir)?.processes(|program| SERVER.contains(&program)).first().copied()
 }
 
 #[cfg(test)]
@@ -198,7 +157,7 @@ mod tests {
         let text =
             "x starting as process 1\n[ERROR] old\nx starting as process 2\n[Note] a\n[ERROR] new\n[ERROR] Aborting\n";
         std::fs::write(&log, text).unwrap();
-        assert_eq!(last_log_lines(&log), "its log says '[ERROR] new / [ERROR] Aborting'");
-        assert_eq!(last_log_lines(&directory.path().join("none")), "its log is empty");
+        assert_eq!(last_log_lines(&log, LOG_MARKS), "its log says '[ERROR] new / [ERROR] Aborting'");
+        assert_eq!(last_log_lines(&directory.path().join("none"), LOG_MARKS), "its log is empty");
     }
 }

@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::base::bulk::run_blocking;
 use crate::base::child::Process;
-use crate::base::durable::{fsync_dir, parent_of, sync_filesystem, write_file_durable};
+use crate::base::durable::{fsync_dir, parent_of, sync_filesystem};
 use crate::base::users::User;
 use crate::engine::postgres::geometry::WalGeometry;
 use crate::engine::postgres::ondisk::control::{CONTROL_FILE_PATH, ClusterState, ControlFile};
@@ -145,21 +145,6 @@ pub fn read_control(data_dir: &Path) -> Result<ControlFile> {
     }
 }
 
-/// Makes `path` the user's own, if we act as somebody else.
-pub fn give_to(user: &User, path: &Path) -> Result<()> {
-    if user.is_current() {
-        return Ok(());
-    }
-    std::os::unix::fs::lchown(path, Some(user.uid), Some(user.gid))
-        .context(|| format!("cannot give '{}' to user '{}'", path.display(), user.name))
-}
-
-/// Replaces or creates a file of the user's, readable by nobody else.
-pub fn write_owned(user: &User, path: &Path, content: &[u8]) -> Result<()> {
-    write_file_durable(path, content, 0o600)?;
-    give_to(user, path)
-}
-
 impl PostgresCloner {
     async fn grounds(&self, site: &CloneSite) -> Result<Grounds> {
         Grounds::of(site, self.default_bin_dir.as_deref()).await
@@ -267,12 +252,6 @@ impl CloneEngine for PostgresCloner {
             port: clone.port,
             log_file: clone.run_dir.join(LOG_FILE),
         };
-        // Nothing works in the directory, so whatever lock of its socket is left names a process of another boot. Its
-        // number may have been given to another process of the same user since, and then the server would not start.
-        let socket = server.endpoint("", "").socket_path();
-        for left in [socket.clone(), PathBuf::from(format!("{}.lock", socket.display()))] {
-            remove_if_there(&left)?;
-        }
         let process = server.start(&[])?;
         while !says_it_starts(&clone.data_dir) {
             server.require_alive(process)?;
@@ -312,15 +291,6 @@ impl CloneEngine for PostgresCloner {
 fn says_it_starts(data_dir: &Path) -> bool {
     let text = std::fs::read_to_string(data_dir.join("postmaster.pid")).unwrap_or_default();
     running_postmaster(data_dir).is_some() && text.lines().nth(7).is_some_and(|status| !status.trim().is_empty())
-}
-
-fn remove_if_there(path: &Path) -> Result<()> {
-    match std::fs::remove_file(path) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            Err(Error::io(format!("cannot remove '{}'", path.display()), error))
-        }
-        _ => Ok(()),
-    }
 }
 
 /// Stops the quarantined server cleanly. One that died, with the machine or without it, is started first: only a server

@@ -16,8 +16,9 @@ use tokio_util::sync::CancellationToken;
 
 use crate::base::bulk::run_blocking;
 use crate::base::child::boot_id;
+use crate::base::ownership::write_owned;
 use crate::base::users::User;
-use crate::engine::postgres::clone::{Grounds, write_owned};
+use crate::engine::postgres::clone::Grounds;
 use crate::engine::postgres::ondisk::wal::{Cut, Stop, WalFormat};
 use crate::engine::postgres::server::{pause, stop_now};
 use crate::engine::postgres::session::Session;

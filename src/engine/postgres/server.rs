@@ -6,9 +6,7 @@
 //!
 //! Sources: `src/include/utils/pidfile.h` (lines of `postmaster.pid`), manual, "Shutting Down the Server" (signals).
 
-use std::fs::File;
-use std::io::{Read, Seek, SeekFrom};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -16,8 +14,10 @@ use nix::sys::signal::Signal;
 use tokio_util::sync::CancellationToken;
 
 use crate::base::child::{ChildCommand, Process, process_start_ticks};
+use crate::base::processes::{DirectoryId, all_pids};
 use crate::base::users::User;
 use crate::engine::postgres::session::{Endpoint, Session};
+use crate::engine::server_log::{LogMarks, last_log_lines};
 use crate::error::{Context, Error, Kind, Result};
 
 /// How often a condition is looked at while waiting for a server.
@@ -26,8 +26,8 @@ const POLL: Duration = Duration::from_millis(20);
 /// How long a server that is told to stop at once may take before it is killed.
 const IMMEDIATE_STOP_SECONDS: u64 = 30;
 
-/// How much of the end of a log is looked at for a message.
-const LOG_TAIL_BYTES: u64 = 16 << 10;
+pub const LOG_MARKS: LogMarks =
+    LogMarks { started: "starting PostgreSQL", grave: &["FATAL:", "PANIC:"], lines_of_reason: 4, lines_of_end: 3 };
 
 /// The longest path of a unix socket (unix(7): sun_path has 108 bytes with the NUL).
 const SOCKET_PATH_BYTES_MAX: usize = 107;
@@ -201,7 +201,7 @@ impl Server {
             format!(
                 "PostgreSQL in '{}' stopped by itself: {}",
                 self.data_dir.display(),
-                last_log_lines(&self.log_file)
+                last_log_lines(&self.log_file, LOG_MARKS)
             ),
         )
         .hint(format!("the whole log is '{}'", self.log_file.display())))
@@ -233,7 +233,7 @@ pub async fn stop_now(data_dir: &Path) -> Result<()> {
     let start = Instant::now();
     let mut told: Vec<Process> = Vec::new();
     loop {
-        let left = directory.processes();
+        let left = directory.processes(is_postgres);
         if left.is_empty() {
             return Ok(());
         }
@@ -256,7 +256,7 @@ pub async fn stop_now(data_dir: &Path) -> Result<()> {
 async fn wait_until_empty(data_dir: &Path) -> Result<()> {
     let Some(directory) = DirectoryId::of(data_dir) else { return Ok(()) };
     let start = Instant::now();
-    while let Some(process) = directory.processes().first().copied() {
+    while let Some(process) = directory.processes(is_postgres).first().copied() {
         if start.elapsed() > Duration::from_secs(IMMEDIATE_STOP_SECONDS) {
             return Err(Error::new(
                 Kind::Server,
@@ -271,7 +271,7 @@ async fn wait_until_empty(data_dir: &Path) -> Result<()> {
 /// Whether any PostgreSQL process works in this directory.
 pub fn is_in_use(data_dir: &Path) -> bool {
     running_postmaster(data_dir).is_some()
-        || DirectoryId::of(data_dir).is_some_and(|directory| !directory.processes().is_empty())
+        || DirectoryId::of(data_dir).is_some_and(|directory| !directory.processes(is_postgres).is_empty())
 }
 
 /// The server that `postmaster.pid` names, if it runs and works in this very directory: the file outlives a crash, and
@@ -302,44 +302,10 @@ fn remove_stale_locks(data_dir: &Path, socket_path: &Path) -> Result<()> {
     Ok(())
 }
 
-/// A directory by device and inode.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct DirectoryId(u64, u64);
-
-impl DirectoryId {
-    fn of(path: &Path) -> Option<DirectoryId> {
-        std::fs::metadata(path).ok().map(|metadata| DirectoryId(metadata.dev(), metadata.ino()))
-    }
-
-    /// Every PostgreSQL process has the data directory as its working directory (`src/backend/utils/init/miscinit.c`,
-    /// ChangeToDataDir). Seen only for processes of our own user, or as root.
-    fn is_working_directory_of(self, pid: u32) -> bool {
-        DirectoryId::of(&PathBuf::from(format!("/proc/{pid}/cwd"))) == Some(self)
-    }
-
-    /// The living PostgreSQL processes in this directory.
-    fn processes(self) -> Vec<Process> {
-        all_pids()
-            .filter(|pid| self.is_working_directory_of(*pid) && is_postgres_program(*pid))
-            .filter_map(|pid| Some(Process { pid, start_ticks: process_start_ticks(pid)? }))
-            .filter(Process::is_alive)
-            .collect()
-    }
-}
-
-fn all_pids() -> impl Iterator<Item = u32> {
-    std::fs::read_dir("/proc")
-        .into_iter()
-        .flatten()
-        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<u32>().ok())
-}
-
-/// A shell in the directory is not a server.
-fn is_postgres_program(pid: u32) -> bool {
-    std::fs::read_link(format!("/proc/{pid}/exe"))
-        .ok()
-        .and_then(|path| path.file_name().map(|name| name.to_string_lossy().starts_with("postgres")))
-        .unwrap_or(false)
+/// Every PostgreSQL process has the data directory as its working directory (`src/backend/utils/init/miscinit.c`,
+/// ChangeToDataDir).
+fn is_postgres(program: &str) -> bool {
+    program.starts_with("postgres")
 }
 
 fn parent_pid(pid: u32) -> Option<u32> {
@@ -366,32 +332,6 @@ fn segment_in_title(title: &str) -> Option<String> {
     let at = words.iter().rposition(|word| *word == "startup")?;
     let last = *words[at + 1..].last()?;
     (last.len() == 24 && last.bytes().all(|byte| byte.is_ascii_hexdigit())).then(|| last.to_string())
-}
-
-/// The lines of a server's log that say why it stopped, newest last, in one line.
-pub fn last_log_lines(path: &Path) -> String {
-    let read = || -> std::io::Result<Vec<u8>> {
-        let mut file = File::open(path)?;
-        let length = file.metadata()?.len();
-        file.seek(SeekFrom::Start(length.saturating_sub(LOG_TAIL_BYTES)))?;
-        let mut bytes = Vec::new();
-        file.take(LOG_TAIL_BYTES).read_to_end(&mut bytes)?;
-        Ok(bytes)
-    };
-    let bytes = read().unwrap_or_default();
-    let text = String::from_utf8_lossy(&bytes);
-    let lines: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
-    let is_grave = |line: &&str| ["FATAL:", "PANIC:"].iter().any(|word| line.contains(word));
-    // From the first fatal message of the last start on: what follows it are details and the end of other processes.
-    let started = lines.iter().rposition(|line| line.contains("starting PostgreSQL")).unwrap_or(0);
-    let from = match lines[started..].iter().position(is_grave) {
-        Some(index) => started + index,
-        None => lines.len().saturating_sub(3),
-    };
-    match lines[from..].iter().take(4).copied().collect::<Vec<_>>().join(" / ") {
-        empty if empty.is_empty() => String::from("its log is empty"),
-        quoted => format!("its log says '{quoted}'"),
-    }
 }
 
 #[cfg(test)]
@@ -446,10 +386,10 @@ mod tests {
     fn the_reason_for_the_end_is_quoted_and_an_older_one_is_not() {
         let directory = tempfile::tempdir().unwrap();
         let log = directory.path().join("log");
-        assert_eq!(last_log_lines(&log), "its log is empty");
+        assert_eq!(last_log_lines(&log, LOG_MARKS), "its log is empty");
         let text = "LOG:  starting PostgreSQL 15\nFATAL:  old\nLOG:  starting PostgreSQL 15\nLOG:  x\nFATAL:  new\nDETAIL:  d\n";
         std::fs::write(&log, text).unwrap();
-        assert_eq!(last_log_lines(&log), "its log says 'FATAL:  new / DETAIL:  d'");
+        assert_eq!(last_log_lines(&log, LOG_MARKS), "its log says 'FATAL:  new / DETAIL:  d'");
     }
 
     #[tokio::test]

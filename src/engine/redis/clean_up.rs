@@ -5,8 +5,9 @@
 //! those only the ones in `settings` come along. Users come along with the hashes of their passwords.
 
 use crate::base::durable::write_file_durable;
+use crate::base::ownership::write_owned;
 use crate::base::random::random_u64;
-use crate::engine::redis::clone::{Grounds, write_owned};
+use crate::engine::redis::clone::Grounds;
 use crate::engine::redis::session::Session;
 use crate::engine::redis::settings::{
     ACL_FILE, AGENT_PASSWORD_FILE, AGENT_USER, APPEND_DIR, CONF_FILE, acl_file, acl_lines, final_conf, modules,

@@ -8,7 +8,8 @@ use async_trait::async_trait;
 use tokio_util::sync::CancellationToken;
 
 use crate::base::bulk::run_blocking;
-use crate::base::durable::{create_dir_all_durable, sync_filesystem, write_file_durable};
+use crate::base::durable::{create_dir_all_durable, sync_filesystem};
+use crate::base::ownership::give_to;
 use crate::base::users::User;
 use crate::engine::redis::geometry::{AofGeometry, file_name};
 use crate::engine::redis::server::{Programs, Server, processes_in, stop_now};
@@ -67,21 +68,6 @@ pub fn endpoint_of_clone(run_dir: &Path, run_as: &str) -> Endpoint {
         password_file: Some(run_dir.join(AGENT_PASSWORD_FILE)),
         run_as: run_as.to_string(),
     }
-}
-
-/// Makes `path` the user's own, if we act as somebody else.
-pub fn give_to(user: &User, path: &Path) -> Result<()> {
-    if user.is_current() {
-        return Ok(());
-    }
-    std::os::unix::fs::lchown(path, Some(user.uid), Some(user.gid))
-        .context(|| format!("cannot give '{}' to user '{}'", path.display(), user.name))
-}
-
-/// Replaces or creates a file of the user's, readable by nobody else.
-pub fn write_owned(user: &User, path: &Path, content: &[u8]) -> Result<()> {
-    write_file_durable(path, content, 0o600)?;
-    give_to(user, path)
 }
 
 impl RedisCloner {

@@ -4,26 +4,27 @@
 //! because loading takes as long as it takes, but a server that died is noticed and its last log lines are quoted; a
 //! server is known by the directory that it works in (it changes into `dir`), never by a number that may be given again.
 
-use std::fs::File;
-use std::io::{Read, Seek, SeekFrom};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use tokio_util::sync::CancellationToken;
 
-use crate::base::child::{ChildCommand, Process, process_start_ticks};
+use crate::base::child::{ChildCommand, Process};
+use crate::base::processes::DirectoryId;
 use crate::base::users::User;
 use crate::engine::redis::session::{Address, Endpoint, Session};
 use crate::engine::redis::settings::{LOG_FILE, SOCKET_FILE};
 use crate::engine::redis::source::major_of;
+use crate::engine::server_log::{LogMarks, last_log_lines, text_from};
 use crate::error::{Context, Error, Kind, Result};
 
 const POLL: Duration = Duration::from_millis(20);
 /// How long a server that is told to stop may take before it is killed, if its data do not matter.
 const STOP_SECONDS: u64 = 20;
-const LOG_TAIL_BYTES: u64 = 16 << 10;
+/// No word tells a grave line of Redis from another, so the last lines are quoted.
+const LOG_MARKS: LogMarks = LogMarks { started: "", grave: &[], lines_of_reason: 3, lines_of_end: 3 };
 /// The longest path of a unix socket (unix(7): sun_path has 108 bytes with the NUL).
 const SOCKET_PATH_BYTES_MAX: usize = 107;
 
@@ -169,7 +170,7 @@ impl Server {
         if process.is_alive() {
             return Ok(());
         }
-        let said = last_log_lines(&self.log_file());
+        let said = last_log_lines(&self.log_file(), LOG_MARKS);
         Err(Error::new(Kind::Server, format!("Redis in '{}' stopped by itself: {said}", self.data_dir.display()))
             .hint(format!("the whole log is '{}'", self.log_file().display())))
     }
@@ -184,10 +185,10 @@ impl Server {
         while running.iter().any(Process::is_alive) {
             pause(cancel).await?;
         }
-        if read_from(&self.log_file(), before).contains("ready to exit, bye bye") {
+        if text_from(&self.log_file(), before).contains("ready to exit, bye bye") {
             return Ok(());
         }
-        let said = last_log_lines(&self.log_file());
+        let said = last_log_lines(&self.log_file(), LOG_MARKS);
         Err(Error::new(Kind::Server, format!("Redis in '{}' did not stop cleanly: {said}", self.data_dir.display()))
             .hint(format!("the whole log is '{}'", self.log_file().display())))
     }
@@ -225,51 +226,11 @@ pub async fn stop_now(data_dir: &Path) -> Result<()> {
     }
 }
 
-/// The living servers in a directory, the oldest first; a child that saves or rewrites counts too.
+/// The living servers in a directory, the oldest first; a child that saves or rewrites counts too. The program file may be
+/// called `redis-check-rdb`: it is one file with several names.
 pub fn processes_in(data_dir: &Path) -> Vec<Process> {
-    let Ok(wanted) = std::fs::metadata(data_dir) else { return Vec::new() };
-    let works_here = |pid: u32| {
-        std::fs::metadata(format!("/proc/{pid}/cwd"))
-            .is_ok_and(|found| (found.dev(), found.ino()) == (wanted.dev(), wanted.ino()))
-    };
-    let mut found: Vec<Process> = std::fs::read_dir("/proc")
-        .into_iter()
-        .flatten()
-        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<u32>().ok())
-        .filter(|pid| works_here(*pid) && is_server_program(*pid))
-        .filter_map(|pid| Some(Process { pid, start_ticks: process_start_ticks(pid)? }))
-        .filter(Process::is_alive)
-        .collect();
-    found.sort_by_key(|process| (process.start_ticks, process.pid));
-    found
-}
-
-/// A shell in the directory is not a server. The program file may be called `redis-check-rdb`: it is one file with
-/// several names.
-fn is_server_program(pid: u32) -> bool {
-    let name = std::fs::read_link(format!("/proc/{pid}/exe")).ok();
-    let name = name.and_then(|path| path.file_name().map(|name| name.to_string_lossy().into_owned()));
-    name.is_some_and(|name| name.starts_with("redis-") || name.starts_with("valkey-"))
-}
-
-fn read_from(path: &Path, from: u64) -> String {
-    let read = || -> std::io::Result<Vec<u8>> {
-        let mut file = File::open(path)?;
-        file.seek(SeekFrom::Start(from))?;
-        let mut bytes = Vec::new();
-        file.take(LOG_TAIL_BYTES).read_to_end(&mut bytes)?;
-        Ok(bytes)
-    };
-    String::from_utf8_lossy(&read().unwrap_or_default()).into_owned()
-}
-
-/// The last lines of a server's log that say why it stopped, in one line.
-pub fn last_log_lines(path: &Path) -> String {
-    let length = std::fs::metadata(path).map_or(0, |metadata| metadata.len());
-    let text = read_from(path, length.saturating_sub(LOG_TAIL_BYTES));
-    let lines: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
-    let shown = &lines[lines.len().saturating_sub(3)..];
-    if shown.is_empty() { String::from("its log is empty") } else { format!("its log says '{}'", shown.join(" / ")) }
+    let is_server = |program: &str| program.starts_with("redis-") || program.starts_with("valkey-");
+    DirectoryId::of(data_dir).map_or_else(Vec::new, |directory| directory.processes(is_server))
 }
 
 #[cfg(test)]

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::base::durable;
+use crate::base::ownership::give_to;
 use crate::base::users::User;
 use crate::error::{Context, Error, Kind, Result};
 use crate::model::id::JobId;
@@ -91,18 +92,9 @@ pub fn make(data_dir: &Path, job: JobId, owner: &User) -> Result<()> {
     }
     durable::create_dir_all_durable(data_dir, 0o700)?;
     for path in [data_dir, run_dir.as_path()] {
-        give_to(path, owner)?;
+        give_to(owner, path)?;
     }
     Ok(())
-}
-
-/// Makes `owner` the owner of a path, if it is not.
-pub fn give_to(path: &Path, owner: &User) -> Result<()> {
-    if owner.is_current() {
-        return Ok(());
-    }
-    std::os::unix::fs::lchown(path, Some(owner.uid), Some(owner.gid))
-        .context(|| format!("cannot give '{}' to user '{}'", path.display(), owner.name))
 }
 
 /// Whether the directories carry the marker of this job.

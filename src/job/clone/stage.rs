@@ -11,12 +11,12 @@ use futures_util::{StreamExt, TryStreamExt, stream};
 
 use crate::base::bulk::run_on_thread;
 use crate::base::durable;
+use crate::base::ownership::give_to;
 use crate::base::users::User;
 use crate::engine::{CloneEngine, CloneSite};
 use crate::error::{Context, Error, Kind, Result};
 use crate::format::manifest::{Extent, FilePart, ManifestEntry};
 use crate::job::StepContext;
-use crate::job::clone::site::give_to;
 use crate::job::clone::writers::{Landing, MadeFile, Writers};
 use crate::model::backup::FileKind;
 use crate::repo::backup_reader::BackupReader;
@@ -183,7 +183,7 @@ fn make(staging: &Staging, entry: &ManifestEntry, suffix: &str) -> Result<Option
                 Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
                 other => other.context(|| format!("cannot make the link '{}'", path.display()))?,
             }
-            give_to(&path, staging.owner)?;
+            give_to(staging.owner, &path)?;
             Ok(None)
         }
         (FileKind::Regular, ManifestEntry::Part(part)) => {
@@ -218,7 +218,7 @@ fn make_directory(staging: &Staging, path: &Path) -> Result<()> {
     }
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o700))
         .context(|| format!("cannot set the mode of '{}'", path.display()))?;
-    give_to(path, staging.owner)
+    give_to(staging.owner, path)
 }
 
 fn make_part(staging: &Staging, path: &Path, mode: u32, part: &FilePart) -> Result<MadeFile> {
@@ -233,7 +233,7 @@ fn make_part(staging: &Staging, path: &Path, mode: u32, part: &FilePart) -> Resu
         .context(what)?;
     if part.at == 0 {
         file.set_permissions(std::fs::Permissions::from_mode(mode & 0o7777)).context(what)?;
-        give_to(path, staging.owner)?;
+        give_to(staging.owner, path)?;
     }
     allocate(&file, part);
     if part.is_last {

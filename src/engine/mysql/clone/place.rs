@@ -7,8 +7,8 @@
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
-use super::give_to;
 use crate::base::durable::{fsync_dir, rename_durable};
+use crate::base::ownership::give_to;
 use crate::base::users::User;
 use crate::engine::mysql::backup::CONFIG_DIRECTORY;
 use crate::engine::mysql::ondisk::backup_info::PREFIXES;

@@ -14,8 +14,8 @@ use jiff::Timestamp;
 use tokio_util::sync::CancellationToken;
 
 use crate::base::bulk::run_blocking;
+use crate::base::ownership::{give_to, write_owned};
 use crate::base::users::User;
-use crate::engine::mysql::clone::{give_to, write_owned};
 use crate::engine::mysql::geometry::{log_name, log_number};
 use crate::engine::mysql::ondisk::gtid::{Gtid, GtidRange, GtidState};
 use crate::engine::mysql::ondisk::walker::{Transaction, Walker};

@@ -7,8 +7,8 @@
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
-use super::{give_to, write_owned};
 use crate::base::durable::{fsync_dir, parent_of, remove_file_durable};
+use crate::base::ownership::{give_to, write_owned};
 use crate::base::users::User;
 use crate::engine::CloneSite;
 use crate::engine::postgres::ondisk::tablespace_map;

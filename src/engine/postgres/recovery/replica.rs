@@ -9,12 +9,14 @@ use tokio_util::sync::CancellationToken;
 use super::quarantine::{CONF_FILE, HBA_CONTENT, HBA_FILE, IDENT_FILE, QuarantineInput, quarantine_conf};
 use crate::base::child::Process;
 use crate::base::durable::free_bytes;
+use crate::base::ownership::write_owned;
 use crate::engine::CloneSite;
-use crate::engine::postgres::clone::{Grounds, write_owned};
+use crate::engine::postgres::clone::Grounds;
 use crate::engine::postgres::ondisk::control::RecoveryParameters;
 use crate::engine::postgres::ondisk::segment::SegmentName;
-use crate::engine::postgres::server::{running_postmaster, segment_being_replayed, stop_now};
+use crate::engine::postgres::server::{LOG_MARKS, running_postmaster, segment_being_replayed, stop_now};
 use crate::engine::postgres::session::{Session, lsn_column};
+use crate::engine::server_log::last_log_lines;
 use crate::error::{Context, Error, Kind, Result};
 use crate::model::position::Lsn;
 
@@ -136,7 +138,7 @@ impl<'a> Replica<'a> {
     }
 
     fn paused(&self) -> Error {
-        let log = crate::engine::postgres::server::last_log_lines(&self.grounds.server.log_file);
+        let log = last_log_lines(&self.grounds.server.log_file, LOG_MARKS);
         Error::new(Kind::Server, format!("PostgreSQL paused its recovery in '{}': {log}", self.site.data_dir.display()))
             .hint("a parameter is smaller than on the source; give it with '--set'")
     }
