@@ -10,7 +10,7 @@ SHELL := /bin/bash
 .NOTPARALLEL:
 
 CARGO ?= cargo
-# What `make demo` shows: postgres or redis.
+# What `make demo` shows: postgres, mariadb or redis.
 ENGINE ?= postgres
 TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
 
@@ -80,10 +80,10 @@ rpm: build ## build the RPM package (needs rpmbuild)
 	packaging/package.sh rpm
 
 .PHONY: demo
-demo: install-test-servers ## two agents, a PostgreSQL, a dropped table, and a clone of the second before; or ENGINE=redis
-	@case '$(ENGINE)' in postgres|redis) ;; *) echo "error: there is no demo of engine '$(ENGINE)'" >&2; exit 2 ;; esac
+demo: install-test-servers ## two agents, a PostgreSQL, a dropped table, and a clone of the second before; or ENGINE=mariadb, ENGINE=redis
+	@case '$(ENGINE)' in postgres|mariadb|redis) ;; *) echo "error: there is no demo of engine '$(ENGINE)'" >&2; exit 2 ;; esac
 	@$(CARGO) build --locked --quiet
-	@$(WITH_SERVERS) KEIKI="$(TARGET_DIR)/debug/keiki" packaging/demo$(if $(filter redis,$(ENGINE)),-redis).sh
+	@$(WITH_SERVERS) KEIKI="$(TARGET_DIR)/debug/keiki" packaging/demo$(patsubst %,-%,$(filter-out postgres,$(ENGINE))).sh
 
 # Part of `test` already, through run-tests; here to be run alone, with what they measure.
 .PHONY: story-faults
