@@ -7,4 +7,5 @@ pub mod postgres;
 pub mod redis;
 pub mod s3;
 pub mod s3_proxy;
+pub mod sql_ledger;
 pub mod two_hosts;
