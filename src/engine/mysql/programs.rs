@@ -51,11 +51,11 @@ pub const SERVER: [&str; 2] = ["mariadbd", "mysqld"];
 /// Names of the backup program.
 pub const BACKUP: [&str; 2] = ["mariadb-backup", "mariabackup"];
 
-/// Finds a program by one of its names: in `wanted` and nowhere else if that is given, otherwise where distributions
+/// Finds a program by one of its names: in `wanted` and its neighbour if that is given, otherwise where distributions
 /// put it. `Unsupported` if what is found is not of the series that is needed; `needed` is a version of it.
 pub async fn find(names: &[&str], wanted: Option<&Path>, needed: Version) -> Result<Program> {
     let directories = match wanted {
-        Some(directory) => vec![directory.to_path_buf()],
+        Some(directory) => with_neighbour(directory),
         None => ["/usr/sbin", "/usr/bin", "/usr/local/mariadb/bin", "/usr/local/mysql/bin", "/usr/local/bin"]
             .map(PathBuf::from)
             .to_vec(),
@@ -89,6 +89,26 @@ pub async fn find(names: &[&str], wanted: Option<&Path>, needed: Version) -> Res
     )))
 }
 
+/// Packages put the server into `sbin` and the backup program into `bin` beside it: whoever names one means both.
+fn with_neighbour(directory: &Path) -> Vec<PathBuf> {
+    let neighbour = match directory.file_name().and_then(|name| name.to_str()) {
+        Some("bin") => Some("sbin"),
+        Some("sbin") => Some("bin"),
+        _ => None,
+    };
+    let neighbour = neighbour.map(|name| directory.with_file_name(name));
+    [directory.to_path_buf()].into_iter().chain(neighbour).collect()
+}
+
+/// The directory that an installation lies in, as `--basedir` means it: below it are messages, character sets and
+/// plugins of the program's own version. Nothing if it does not look like one. Blocking.
+pub fn base_directory(program: &Path) -> Option<PathBuf> {
+    let program = std::fs::canonicalize(program).ok()?;
+    let base = program.parent()?.parent()?;
+    let has_messages = ["share/mysql", "share/mariadb", "share/english"].iter().any(|name| base.join(name).is_dir());
+    has_messages.then(|| base.to_path_buf())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -106,6 +126,28 @@ mod tests {
         assert_eq!(Version::find("no version 1.2 here"), None);
         assert!(version.is_same_series(Version { patch: 3, ..version }));
         assert!(!version.is_same_series(Version { minor: 6, ..version }));
+    }
+
+    #[test]
+    fn a_program_is_looked_for_beside_the_directory_that_was_named() {
+        let paths = |text: &str| with_neighbour(Path::new(text));
+        assert_eq!(paths("/usr/sbin"), [Path::new("/usr/sbin"), Path::new("/usr/bin")]);
+        assert_eq!(paths("/opt/db/bin"), [Path::new("/opt/db/bin"), Path::new("/opt/db/sbin")]);
+        assert_eq!(paths("/opt/tools"), [Path::new("/opt/tools")]);
+    }
+
+    #[test]
+    fn an_installation_is_known_by_its_messages() {
+        let root = tempfile::tempdir().unwrap();
+        let base = root.path().canonicalize().unwrap();
+        for name in ["sbin", "share/mariadb"] {
+            std::fs::create_dir_all(base.join(name)).unwrap();
+        }
+        std::fs::write(base.join("sbin/mariadbd"), "").unwrap();
+        std::fs::write(base.join("mariadbd"), "").unwrap();
+        assert_eq!(base_directory(&base.join("sbin/mariadbd")), Some(base.clone()));
+        assert_eq!(base_directory(&base.join("mariadbd")), None);
+        assert_eq!(base_directory(&base.join("sbin/none")), None);
     }
 
     #[tokio::test]

@@ -21,8 +21,9 @@ use crate::error::{Context, Error, Kind, Result};
 
 /// How often a condition is looked at while waiting for a server.
 const POLL: Duration = Duration::from_millis(20);
+/// 10.11 says "starting as process", 11.8 "Starting MariaDB ... as process".
 const LOG_MARKS: LogMarks =
-    LogMarks { started: "starting as process", grave: &["[ERROR]"], lines_of_reason: 3, lines_of_end: 2 };
+    LogMarks { started: " as process ", grave: &["[ERROR]"], lines_of_reason: 3, lines_of_end: 2 };
 /// The longest path of a unix socket (unix(7): sun_path has 108 bytes with the NUL).
 const SOCKET_PATH_BYTES_MAX: usize = 107;
 
@@ -155,7 +156,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let log = directory.path().join("log");
         let text =
-            "x starting as process 1\n[ERROR] old\nx starting as process 2\n[Note] a\n[ERROR] new\n[ERROR] Aborting\n";
+            "x starting as process 1\n[ERROR] old\nx Starting MariaDB 11.8.6-MariaDB server_uid f= as process 2\n[Note] a\n[ERROR] new\n[ERROR] Aborting\n";
         std::fs::write(&log, text).unwrap();
         assert_eq!(last_log_lines(&log, LOG_MARKS), "its log says '[ERROR] new / [ERROR] Aborting'");
         assert_eq!(last_log_lines(&directory.path().join("none"), LOG_MARKS), "its log is empty");

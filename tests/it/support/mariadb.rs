@@ -18,8 +18,57 @@ use keiki::engine::mysql::session::{Endpoint, Rows, Session};
 
 use super::postgres::{server_user, spawn_that_dies_with_us, wait_until};
 
+/// The servers that tests know.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Release {
+    /// As Debian 12 has it.
+    V10_11,
+    /// In a root of its own.
+    V11_8,
+}
+
+impl Release {
+    /// The root below which Debian's packages were unpacked, unless they are installed.
+    fn root(self) -> Option<PathBuf> {
+        match self {
+            Release::V10_11 => None,
+            Release::V11_8 => {
+                let root = std::env::var_os("KEIKI_TEST_MARIADB11_ROOT").map(PathBuf::from);
+                Some(root.expect("KEIKI_TEST_MARIADB11_ROOT is not set: run 'make install-test-servers'"))
+            }
+        }
+    }
+
+    /// The directory that its server's program lies in.
+    pub fn bin_dir(self) -> PathBuf {
+        self.program("mariadbd").parent().unwrap().to_path_buf()
+    }
+
+    /// The program's path, or a failure that says how to get it.
+    pub fn program(self, name: &str) -> PathBuf {
+        let directories = match (self.root(), std::env::var_os("KEIKI_TEST_MARIADB_BIN")) {
+            (Some(root), _) => vec![root.join("usr/sbin"), root.join("usr/bin")],
+            (None, Some(set)) => vec![PathBuf::from(set)],
+            (None, None) => vec![PathBuf::from("/usr/sbin"), PathBuf::from("/usr/bin")],
+        };
+        let found = directories.iter().map(|directory| directory.join(name)).find(|path| path.is_file());
+        found.unwrap_or_else(|| panic!("no '{name}' in {directories:?}: run 'make install-test-servers'"))
+    }
+
+    /// A command of this release that finds its own messages and plugins.
+    fn server_command(self, name: &str) -> Command {
+        let mut command = Command::new(self.program(name));
+        command.arg("--no-defaults");
+        if let Some(root) = self.root() {
+            command.arg(format!("--basedir={}", root.join("usr").display()));
+        }
+        command
+    }
+}
+
 /// A running server.
 pub struct MariaServer {
+    pub release: Release,
     pub work_dir: PathBuf,
     pub data_dir: PathBuf,
     pub socket: PathBuf,
@@ -29,19 +78,19 @@ pub struct MariaServer {
     _root: tempfile::TempDir,
 }
 
-/// The program's path, or a failure that says how to get it.
+/// A program of the installed release.
 pub fn program(name: &str) -> PathBuf {
-    let directories = match std::env::var_os("KEIKI_TEST_MARIADB_BIN") {
-        Some(set) => vec![PathBuf::from(set)],
-        None => vec![PathBuf::from("/usr/sbin"), PathBuf::from("/usr/bin")],
-    };
-    let found = directories.iter().map(|directory| directory.join(name)).find(|path| path.is_file());
-    found.unwrap_or_else(|| panic!("no '{name}' in {directories:?}: run 'make install-test-servers'"))
+    Release::V10_11.program(name)
 }
 
 impl MariaServer {
     /// Makes and starts a server that writes a binary log; `arguments` come after the usual ones.
     pub fn start(arguments: &[&str]) -> MariaServer {
+        MariaServer::start_release(Release::V10_11, arguments)
+    }
+
+    /// The same of any release.
+    pub fn start_release(release: Release, arguments: &[&str]) -> MariaServer {
         let root = tempfile::Builder::new().prefix("keiki-mdb").tempdir().unwrap();
         std::fs::set_permissions(root.path(), PermissionsExt::from_mode(0o755)).unwrap();
         let user = server_user();
@@ -49,8 +98,8 @@ impl MariaServer {
         std::fs::create_dir(&work_dir).unwrap();
         own(&work_dir, &user);
         let data_dir = work_dir.join("data");
-        let mut install = Command::new(program("mariadb-install-db"));
-        install.args(["--no-defaults", "--auth-root-authentication-method=socket", "--skip-test-db"]);
+        let mut install = release.server_command("mariadb-install-db");
+        install.args(["--auth-root-authentication-method=socket", "--skip-test-db"]);
         install.arg(format!("--auth-root-socket-user={}", user.name)).arg(format!("--datadir={}", data_dir.display()));
         // A server that starts removes the temporary tables of all others from a shared directory.
         install.arg(format!("--tmpdir={}", work_dir.display()));
@@ -59,7 +108,7 @@ impl MariaServer {
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         let arguments = arguments.iter().map(|argument| argument.to_string()).collect();
         let socket = work_dir.join("s");
-        let mut server = MariaServer { work_dir, data_dir, socket, user, arguments, child: None, _root: root };
+        let mut server = MariaServer { release, work_dir, data_dir, socket, user, arguments, child: None, _root: root };
         server.launch();
         server
     }
@@ -67,9 +116,9 @@ impl MariaServer {
     /// Starts the server again.
     pub fn launch(&mut self) {
         let log = self.work_dir.join("log");
-        let mut command = Command::new(program("mariadbd"));
+        let mut command = self.release.server_command("mariadbd");
         command
-            .args(["--no-defaults", "--skip-networking", "--server-id=5", "--log-bin=binlog", "--binlog-format=ROW"])
+            .args(["--skip-networking", "--server-id=5", "--log-bin=binlog", "--binlog-format=ROW"])
             .args(["--sync-binlog=1", "--innodb-flush-log-at-trx-commit=1", "--gtid-strict-mode=1"])
             .args(["--innodb-buffer-pool-size=64M", "--innodb-log-file-size=32M"])
             .arg(format!("--datadir={}", self.data_dir.display()))
@@ -102,8 +151,25 @@ impl MariaServer {
             user: self.user.name.clone(),
             password_file: None,
             run_as: self.user.name.clone(),
-            bin_dir: None,
+            bin_dir: self.release.root().is_some().then(|| self.release.bin_dir()),
         }
+    }
+
+    /// The section that makes it an instance of a host; `more` are further lines.
+    pub fn instance_section(&self, name: &str, more: &str) -> String {
+        format!(
+            "[[instance]]\nname = \"{name}\"\nengine = \"mariadb\"\ndata_dir = \"{}\"\nsocket = \"{}\"\nbin_dir = \"{}\"\n\
+             run_as = \"{}\"\n{more}\n",
+            self.data_dir.display(),
+            self.socket.display(),
+            self.release.bin_dir().display(),
+            self.user.name,
+        )
+    }
+
+    /// What a host's configuration says about clones of such servers.
+    pub fn clone_section(&self) -> String {
+        format!("[clone.mariadb]\nrun_as = \"{}\"\nbin_dir = \"{}\"\n", self.user.name, self.release.bin_dir().display())
     }
 
     pub fn endpoint(&self) -> Endpoint {

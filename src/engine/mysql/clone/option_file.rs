@@ -6,6 +6,7 @@
 use std::path::Path;
 
 use crate::engine::CloneSite;
+use crate::engine::mysql::programs::base_directory;
 use crate::engine::mysql::server::Server;
 use crate::engine::mysql::settings::{option_line, taken_over};
 
@@ -23,6 +24,10 @@ fn common(site: &CloneSite, server: &Server) -> String {
     }
     for (name, value) in &site.settings {
         text += &option_line(name, value);
+    }
+    // A server elsewhere than it was built for would take the messages and plugins of another version.
+    if let Some(base) = base_directory(&server.program.path) {
+        text += &option_line("basedir", &base.display().to_string());
     }
     let run = |name: &str| site.run_dir.join(name).display().to_string();
     text += &option_line("datadir", &site.data_dir.display().to_string());
