@@ -244,6 +244,12 @@ pub trait CloneEngine: Send + Sync {
     /// The name that follows a log file on the same timeline, and the start position of a file. Pure.
     fn next_log_file(&self, site: &CloneSite, name: &str) -> Result<String>;
 
+    /// How many bytes of log lie beside the data at the same time, at most, while it is replayed: for the check of free
+    /// space. The default is for engines that recycle what is replayed.
+    fn log_bytes_at_once_max(&self) -> u64 {
+        2 << 30
+    }
+
     /// Where a transaction with this id begins and ends in the log, if it is in this file. `held` is what the summary of
     /// the file says (`LogSummary::transactions`). An id that cannot be one is `BadInput`, also of an engine whose
     /// transactions have none.

@@ -39,6 +39,7 @@ mod check;
 mod log_source;
 mod plan;
 mod site;
+mod space;
 mod stage;
 mod writers;
 

@@ -106,9 +106,10 @@ impl BaseLane for DirectoryLane {
     }
 }
 
-/// A directory of log files under their names in the repository.
+/// A directory of log files under their names in the repository. The second part is the name of the one that is not
+/// finished, if there is one.
 #[derive(Clone)]
-pub struct Archive(PathBuf);
+pub struct Archive(PathBuf, Option<String>);
 
 #[async_trait]
 impl LogSource for Archive {
@@ -117,7 +118,7 @@ impl LogSource for Archive {
     }
 
     async fn is_sealed(&self, name: &str) -> Result<bool> {
-        Ok(self.available(name).await?.is_some())
+        Ok(self.available(name).await?.is_some() && self.1.as_deref() != Some(name))
     }
 
     async fn read(&self, name: &str, from: u64, max_bytes: usize) -> Result<Bytes> {
@@ -157,7 +158,7 @@ impl Source {
         ] {
             session.execute(sql).await.unwrap();
         }
-        let archive = Archive(server.work_dir.join("archive"));
+        let archive = Archive(server.work_dir.join("archive"), None);
         std::fs::create_dir(&archive.0).unwrap();
         let base = DirectorySink::new(&server.work_dir.join("base"));
         Source { server, engine, archive, base, span: None, session }

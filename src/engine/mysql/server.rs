@@ -155,8 +155,7 @@ mod tests {
     fn the_reason_for_the_end_is_quoted_and_an_older_one_is_not() {
         let directory = tempfile::tempdir().unwrap();
         let log = directory.path().join("log");
-        let text =
-            "x starting as process 1\n[ERROR] old\nx Starting MariaDB 11.8.6-MariaDB server_uid f= as process 2\n[Note] a\n[ERROR] new\n[ERROR] Aborting\n";
+        let text = "x starting as process 1\n[ERROR] old\nx Starting MariaDB 11.8.6-MariaDB server_uid f= as process 2\n[Note] a\n[ERROR] new\n[ERROR] Aborting\n";
         std::fs::write(&log, text).unwrap();
         assert_eq!(last_log_lines(&log, LOG_MARKS), "its log says '[ERROR] new / [ERROR] Aborting'");
         assert_eq!(last_log_lines(&directory.path().join("none"), LOG_MARKS), "its log is empty");

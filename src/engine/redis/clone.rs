@@ -93,6 +93,11 @@ impl CloneEngine for RedisCloner {
         false
     }
 
+    fn log_bytes_at_once_max(&self) -> u64 {
+        // The increments are what the clone is loaded from, all of them.
+        u64::MAX
+    }
+
     async fn prepare(&self, site: &CloneSite) -> Result<()> {
         let (data_dir, run_as) = (site.data_dir.clone(), site.run_as.clone());
         run_blocking("prepare", move || {

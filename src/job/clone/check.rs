@@ -1,13 +1,12 @@
 //! The check list of a clone: everything that can be known to go wrong, before anything is touched.
 
 use std::net::TcpListener;
-use std::path::Path;
 
-use crate::base::durable;
 use crate::engine::{CloneSite, log_geometry};
 use crate::error::{Error, Kind, Result};
 use crate::job::clone::log_source::RepositoryLog;
 use crate::job::clone::plan::{Choice, choose};
+use crate::job::clone::space::{log_bytes_at_once, space_item};
 use crate::job::clone::{CloneHost, Grower, Place, site};
 use crate::job::window::{confirm_log, window_of};
 use crate::model::bytes_text::human_bytes;
@@ -20,12 +19,6 @@ use crate::model::window::Window;
 use crate::repo::log_catalogue::LogCatalogue;
 use crate::repo::log_reader::LogReader;
 use crate::repo::repository::Repository;
-
-/// Log that lies in the clone at the same time as the data, at most; replay recycles what is older.
-const LOG_BYTES_AT_ONCE_MAX: u64 = 2 << 30;
-/// What a clone needs beyond what was counted: a part of its size, for what replay adds, and a floor.
-const MARGIN_PARTS: u64 = 20;
-const MARGIN_BYTES_MIN: u64 = 64 << 20;
 
 /// What the check found out besides its list.
 pub struct Checked {
@@ -106,7 +99,8 @@ pub async fn check(
                     human_bytes(choice.backup.restored_bytes)
                 ),
             ));
-            items.push(space_item(&choice, &place.data_dir, host.keep_free_bytes)?);
+            let log_bytes = log_bytes_at_once(host, repository, source, &choice, &order.target).await?;
+            items.push(space_item(choice.backup.restored_bytes, log_bytes, &place.data_dir, host.keep_free_bytes)?);
             items.extend(match host.grower(source.engine) {
                 Ok(grower) => {
                     engine_items(grower, &host.site(grower, order, place, &choice.backup), &order.target).await
@@ -233,35 +227,6 @@ fn port_item(host: &CloneHost, order: &CloneOrder, port: u16) -> CheckItem {
 /// Whether nobody listens on a port, on any address.
 pub fn port_is_free(port: u16) -> bool {
     TcpListener::bind(("0.0.0.0", port)).is_ok()
-}
-
-fn space_item(choice: &Choice, data_dir: &Path, keep_free_bytes: u64) -> Result<CheckItem> {
-    let what = "free disk space";
-    let log = log_bytes(choice).min(LOG_BYTES_AT_ONCE_MAX);
-    let data = choice.backup.restored_bytes;
-    let needed = data.saturating_add(log).saturating_add((data / MARGIN_PARTS).max(MARGIN_BYTES_MIN));
-    let existing = data_dir.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
-    let free = durable::free_bytes(existing)?;
-    let mut found = format!("{} free for '{}', {} needed", human_bytes(free), data_dir.display(), human_bytes(needed));
-    if keep_free_bytes > 0 {
-        found.push_str(&format!(", {} to be kept free", human_bytes(keep_free_bytes)));
-    }
-    Ok(if free >= needed.saturating_add(keep_free_bytes) {
-        CheckItem::pass(what, found)
-    } else if free >= needed {
-        let hint = "choose a directory on a larger disk with --dir, or lower '[clone] keep_free' on that host";
-        CheckItem::fail(what, found, hint)
-    } else {
-        CheckItem::fail(what, found, "free some space there, or choose a directory on a larger disk with --dir")
-    })
-}
-
-/// How much log lies between the start of the backup and the end of its stretch.
-fn log_bytes(choice: &Choice) -> u64 {
-    match (choice.backup.start, choice.log_end) {
-        (Position::Wal { lsn: from, .. }, Position::Wal { lsn: to, .. }) => to.0.saturating_sub(from.0),
-        _ => 0,
-    }
 }
 
 async fn engine_items(grower: &Grower, site: &CloneSite, target: &Target) -> Vec<CheckItem> {

@@ -199,6 +199,32 @@ async fn a_hole_in_the_log_and_a_target_that_is_no_target_are_refused() {
 }
 
 #[tokio::test]
+async fn nothing_is_replayed_of_what_comes_after_a_file_that_is_not_whole() {
+    let mut source = Source::start(&[]).await;
+    source.commit_rows(1, 10).await;
+    source.back_up().await;
+    source.session.execute("FLUSH BINARY LOGS").await.unwrap();
+    source.commit_rows(11, 20).await;
+    let whole_until = source.position().await;
+    source.session.execute("FLUSH BINARY LOGS").await.unwrap();
+    source.commit_rows(21, 30).await;
+    let end = source.position().await;
+    source.archive_log().await;
+    // All its transactions are there, but nobody knows that.
+    source.archive.1 = Some(String::from("binlog.0000000002"));
+    let beyond_whole = Target::Position(Position::File { number: 1, offset: 1 << 40 });
+    for (target, kind) in [(Target::Position(end), Kind::NotFound), (beyond_whole, Kind::BadInput)] {
+        let error = Clone::stage(&source).await.recover(&source, target).await.unwrap_err();
+        assert_eq!(error.kind(), kind, "{error}");
+    }
+    for target in [Target::Latest, Target::Position(whole_until)] {
+        let clone = Clone::stage(&source).await;
+        clone.recover(&source, target).await.unwrap();
+        assert_eq!(clone.rows().await, rows(20));
+    }
+}
+
+#[tokio::test]
 async fn a_restored_half_cannot_be_started() {
     let mut source = Source::start(&[]).await;
     source.commit_rows(1, 5).await;

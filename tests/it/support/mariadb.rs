@@ -169,7 +169,11 @@ impl MariaServer {
 
     /// What a host's configuration says about clones of such servers.
     pub fn clone_section(&self) -> String {
-        format!("[clone.mariadb]\nrun_as = \"{}\"\nbin_dir = \"{}\"\n", self.user.name, self.release.bin_dir().display())
+        format!(
+            "[clone.mariadb]\nrun_as = \"{}\"\nbin_dir = \"{}\"\n",
+            self.user.name,
+            self.release.bin_dir().display()
+        )
     }
 
     pub fn endpoint(&self) -> Endpoint {

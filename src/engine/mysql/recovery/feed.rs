@@ -182,6 +182,8 @@ pub struct Feed {
     batches: u32,
     total_bytes: u64,
     start: (u64, u64),
+    /// Where the log ends that was placed so far.
+    log_end: Position,
     is_over: bool,
 }
 
@@ -206,6 +208,9 @@ impl Feed {
         let mut next = number;
         while let Some(bytes) = logs.available(&log_name(next)).await? {
             total_bytes += bytes;
+            if !logs.is_sealed(&log_name(next)).await? {
+                break;
+            }
             next += 1;
         }
         let cutter = Cutter::new(target, number, offset, state)?;
@@ -219,6 +224,7 @@ impl Feed {
             batches: 0,
             total_bytes: total_bytes.saturating_sub(offset),
             start: (number, offset),
+            log_end: site.backup_start,
             is_over,
         })
     }
@@ -253,7 +259,14 @@ impl Feed {
             let placed = self.place_file(&name, bytes, &batch, user, cancel).await?;
             batch.bytes += placed.bytes.saturating_sub(self.offset);
             batch.files.push(placed);
-            self.is_over |= self.cutter.is_cut;
+            // What follows an unfinished file in the repository does not follow it in the log: something is missing.
+            let is_whole = self.logs.is_sealed(&name).await?;
+            self.require_within(&name, bytes, is_whole)?;
+            self.is_over |= self.cutter.is_cut || !is_whole;
+            self.log_end = match is_whole {
+                true => Position::File { number: self.number + 1, offset: 0 },
+                false => Position::File { number: self.number, offset: bytes },
+            };
             (self.number, self.offset) = (self.number + 1, 0);
         }
         if batch.files.is_empty() {
@@ -265,6 +278,19 @@ impl Feed {
         batch.transactions = self.cutter.transactions - batch.transactions;
         batch.end_state = self.cutter.end.state.clone();
         Ok(Some(batch))
+    }
+
+    /// Refuses a position behind the end of a file that is whole: it is a slip, and not the file's end.
+    fn require_within(&self, name: &str, bytes: u64, is_whole: bool) -> Result<()> {
+        match self.cutter.target {
+            Target::Position(Position::File { number, offset })
+                if is_whole && number == self.number && offset > bytes =>
+            {
+                Err(Error::new(Kind::BadInput, format!("log file '{name}' has {bytes} bytes, and not {offset}"))
+                    .hint("'SHOW BINARY LOGS' on the source prints how long its files are"))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Copies one log file as far as it belongs to the target.
@@ -374,10 +400,9 @@ impl Feed {
             .hint("choose an earlier backup, or another transaction"));
         }
         if let (Target::Position(position), false) = (&cutter.target, cutter.is_cut)
-            && cutter.end.position() < *position
-            && self.number <= position.file()?.0
+            && self.log_end < *position
         {
-            return Err(Error::new(Kind::NotFound, format!("the log ends at '{}'", cutter.end.position()))
+            return Err(Error::new(Kind::NotFound, format!("the log ends at '{}'", self.log_end))
                 .hint("'keiki window' shows the newest position that can be reached"));
         }
         Ok(cutter.end)
