@@ -3,7 +3,7 @@
 //! Engines never see the repository: they read the server's files and talk to the server, and hand what they find to
 //! the small ports below, which jobs implement. A method is here only if a job needs it from every engine.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -17,6 +17,7 @@ use crate::model::backup::FileMeta;
 use crate::model::check::CheckItem;
 use crate::model::engine_kind::EngineKind;
 use crate::model::log::{LogFile, LogSummary};
+use crate::model::password::Passwords;
 use crate::model::position::Position;
 use crate::model::target::Target;
 
@@ -142,6 +143,10 @@ pub struct CloneSite {
     pub run_as: String,
     /// `--set` of the order.
     pub settings: BTreeMap<String, String>,
+    /// Accounts that get new passwords with [`CloneEngine::change_passwords`].
+    pub passwords_for: BTreeSet<String>,
+    /// `--keep-expired` of the order.
+    pub keep_expired: bool,
     /// From the backup.
     pub engine_version: String,
     pub facts: BTreeMap<String, String>,
@@ -278,6 +283,21 @@ pub trait CloneEngine: Send + Sync {
     /// Removes what a copy must not keep and writes the clone's own settings. The server runs in quarantine, before
     /// and after. Repeating it is harmless.
     async fn clean_up(&self, site: &CloneSite) -> Result<Vec<CleanUpItem>>;
+
+    /// Gives accounts of the clone new passwords, after `clean_up` and in the same state of the server. All of them, or
+    /// an error that names the accounts that are not there and the nearest that are. Repeating it is harmless. No
+    /// password may be in what is returned, in a log or in the name of a process. The default is that of an engine
+    /// without accounts.
+    async fn change_passwords(&self, site: &CloneSite, passwords: &Passwords) -> Result<Vec<CleanUpItem>> {
+        match passwords.keys().next() {
+            None => Ok(Vec::new()),
+            Some(account) => Err(Error::new(
+                Kind::Unsupported,
+                format!("cannot change the password of '{account}' in '{}': it has no accounts", site.clone_name),
+            )
+            .hint("leave out --password")),
+        }
+    }
 
     /// Makes a clone that is cleaned up durable and leaves it running in quarantine, where it may stay for long: from
     /// now on a restart of the machine loses nothing of it. Repeating it is harmless. Nothing to do, and so the default,

@@ -25,6 +25,7 @@ pub mod ports;
 pub mod records;
 pub mod restart;
 pub mod runner;
+pub mod secrets;
 pub mod step;
 #[cfg(test)]
 mod testing;

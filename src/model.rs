@@ -14,6 +14,7 @@ pub mod incarnation;
 pub mod inventory;
 pub mod job;
 pub mod log;
+pub mod password;
 pub mod position;
 pub mod target;
 pub mod window;

@@ -64,7 +64,9 @@ impl AgentService {
             }),
             Request::Status => Ok(Response::Status(self.status().await)),
             Request::Doctor => Ok(Response::Checks(doctor::examine(host).await)),
-            Request::Submit { order } => host.runner()?.submit(signed(order, caller)).await.map(Response::Job),
+            Request::Submit { order, passwords } => {
+                host.runner()?.submit_with(signed(order, caller), passwords).await.map(Response::Job)
+            }
             Request::Check { order } => self.workshop.check_clone(&order).await.map(Response::Checks),
             Request::ListJobs => Ok(Response::Jobs(host.runner()?.list())),
             Request::ShowJob { id } => host.runner()?.show(id).map(Response::Job),

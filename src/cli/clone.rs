@@ -76,6 +76,8 @@ fn read_order(typed: &CloneArguments) -> Result<CloneOrder> {
         port: typed.port,
         settings,
         hold: typed.hold,
+        passwords_for: Default::default(),
+        keep_expired: false,
     })
 }
 

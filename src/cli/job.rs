@@ -43,7 +43,7 @@ pub async fn submit_and_follow(
     detach: bool,
     as_json: bool,
 ) -> Result<Outcome> {
-    let answer = agent.ask_host(host, Request::Submit { order }).await?;
+    let answer = agent.ask_host(host, Request::Submit { order, passwords: Default::default() }).await?;
     let report = expect_response!(answer, "submit", Response::Job(report) => report);
     if !detach {
         return progress::follow(agent, host, report.order.id, as_json).await;

@@ -4,28 +4,29 @@
 //! in it is durable; until it is accepted the clone is closed and archives nothing; what is deleted carries the marker
 //! of the job that made it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use async_trait::async_trait;
 
-use crate::base::bulk::run_on_thread;
+use crate::base::bulk::{run_blocking, run_on_thread};
 use crate::base::clock::Clock;
 use crate::base::users::User;
 use crate::engine::geometry::log_geometry;
-use crate::engine::{CloneEngine, CloneSite, Recovered};
+use crate::engine::{CleanUpItem, CloneEngine, CloneSite, Recovered};
 use crate::error::{Error, Kind, Result};
 use crate::job::ports::{InstanceRegistry, RepositoryDoor, SourceAgents};
 use crate::job::window::confirm_log;
-use crate::job::{Restart, StepContext, StepPlan, UndoCause, Work};
+use crate::job::{Restart, StepContext, StepPlan, UndoCause, Work, journal, secrets};
 use crate::model::backup::Backup;
 use crate::model::check::{CheckItem, Verdict};
 use crate::model::engine_kind::EngineKind;
-use crate::model::id::{BackupId, IncarnationId, check_name};
+use crate::model::id::{BackupId, IncarnationId, JobId, check_name};
 use crate::model::incarnation::Incarnation;
 use crate::model::job::{CloneOrder, JobReport, Task};
+use crate::model::password::{check_account, hidden_in};
 use crate::model::position::Position;
 use crate::model::target::utc_text;
 use crate::repo::backup_reader::{BackupReader, Backups};
@@ -147,6 +148,8 @@ impl CloneHost {
             listen_addresses: self.listen_addresses.clone(),
             run_as: grower.run_as.clone(),
             settings: order.settings.clone(),
+            passwords_for: order.passwords_for.clone(),
+            keep_expired: order.keep_expired,
             engine_version: backup.engine_version.clone(),
             facts: backup.engine_facts.clone(),
             backup_start: backup.start,
@@ -187,6 +190,7 @@ impl CloneWork {
             return Err(Error::new(Kind::BadInput, format!("directory '{dir}' is not an absolute path"))
                 .hint("write it from the root"));
         }
+        order.passwords_for.iter().try_for_each(|account| check_account(account))?;
         Ok(CloneWork { host, order })
     }
 
@@ -314,7 +318,10 @@ impl CloneWork {
 
     async fn clean_up(&self, context: &StepContext) -> Result<()> {
         let (site, _, source, _) = self.site(context).await?;
-        for item in self.host.grower(source.engine)?.engine.clean_up(&site).await? {
+        let engine = &self.host.grower(source.engine)?.engine;
+        let mut items = engine.clean_up(&site).await?;
+        items.extend(self.change_passwords(engine.as_ref(), &site, context.order.id).await?);
+        for item in items {
             context.result(&item.what, item.done);
         }
         if self.order.hold {
@@ -323,6 +330,24 @@ impl CloneWork {
             context.result("quarantine", "durable, closed until 'keiki accept' or 'keiki discard'");
         }
         Ok(())
+    }
+
+    async fn change_passwords(
+        &self,
+        engine: &dyn CloneEngine,
+        site: &CloneSite,
+        job: JobId,
+    ) -> Result<Vec<CleanUpItem>> {
+        if self.order.passwords_for.is_empty() {
+            return Ok(Vec::new());
+        }
+        let directory = journal::directory_in(&self.host.state_dir);
+        let passwords = run_blocking("passwords", move || secrets::read(&directory, job)).await?;
+        if !self.order.passwords_for.iter().eq(passwords.keys()) {
+            return Err(Error::new(Kind::NotFound, "the passwords that came with the order are not there any more")
+                .hint("give the order again; they are kept beside the job's journal until it is over"));
+        }
+        engine.change_passwords(site, &passwords).await.map_err(|error| hidden_in(error, &passwords))
     }
 
     async fn accept(&self, context: &StepContext) -> Result<()> {
@@ -419,6 +444,8 @@ fn bare_site(host: &CloneHost, grower: &Grower, order: &CloneOrder, data_dir: &s
         listen_addresses: host.listen_addresses.clone(),
         run_as: grower.run_as.clone(),
         settings: BTreeMap::new(),
+        passwords_for: BTreeSet::new(),
+        keep_expired: false,
         engine_version: String::new(),
         facts: BTreeMap::new(),
         backup_start: nowhere,

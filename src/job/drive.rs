@@ -5,12 +5,13 @@ use std::sync::Arc;
 
 use futures_util::FutureExt;
 
+use crate::base::bulk::run_blocking;
 use crate::error::{Error, Kind, Result};
 use crate::job::records::{EndRecord, ErrorRecord, Instant, Record};
 use crate::job::restart::Next;
 use crate::job::runner::{Inner, Job};
 use crate::job::step::{StepContext, cancelled};
-use crate::job::{UndoCause, Work};
+use crate::job::{UndoCause, Work, secrets};
 
 /// Carries out `next` and all that follows from it. When the agent is stopping, it returns without recording anything.
 pub(super) async fn drive(inner: Arc<Inner>, job: Arc<Job>, work: Arc<dyn Work>, next: Next) {
@@ -144,6 +145,9 @@ async fn undo(inner: &Inner, job: &Job, work: &dyn Work, cause: UndoCause, error
 /// Records the end of a job. If the journal cannot be written, the job is over in memory, and picked up again from
 /// what the journal says when the agent starts the next time.
 pub(super) async fn end(inner: &Inner, job: &Job, state: EndRecord, error: Option<&Error>) {
+    if state != EndRecord::Failed {
+        forget_secrets(inner, job).await;
+    }
     let record = Record::Ended { at: now(inner), state, error: error.map(ErrorRecord::from) };
     if let Err(second) = job.live.append(record).await {
         tracing::error!(job = %job.id, "cannot record the end of a job: {second}");
@@ -153,6 +157,14 @@ pub(super) async fn end(inner: &Inner, job: &Job, state: EndRecord, error: Optio
         job.live.end_in_memory(&Record::Ended { at, state: EndRecord::Failed, error: Some(shown.into()) });
     }
     tracing::info!(job = %job.id, state = ?state, "a job has ended");
+}
+
+/// Before the end is recorded: who sees a job as done or cancelled can rely on it.
+async fn forget_secrets(inner: &Inner, job: &Job) {
+    let (directory, id) = (inner.directory.clone(), job.id);
+    if let Err(error) = run_blocking("forget passwords", move || secrets::forget(&directory, id)).await {
+        tracing::error!(job = %id, "the passwords of a job that is over are still there until the next start: {error}");
+    }
 }
 
 fn context_of(job: &Job, step: usize, is_repeated: bool) -> StepContext {

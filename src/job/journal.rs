@@ -16,6 +16,11 @@ use crate::model::job::{JobReport, JobState, StepReport, StepState};
 
 const SUFFIX: &str = "jsonl";
 
+/// Where the jobs of an agent lie.
+pub fn directory_in(state_dir: &Path) -> PathBuf {
+    state_dir.join("jobs")
+}
+
 /// What the records of a job add up to.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct History {

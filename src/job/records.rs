@@ -4,7 +4,7 @@
 //! Only states that survive a restart are written: what was ordered, which step was begun, which is complete and with
 //! which facts, and how it ended. Progress is not.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -234,6 +234,11 @@ pub enum TaskRecord {
         port: Option<u16>,
         settings: BTreeMap<String, String>,
         hold: bool,
+        // Absent where it is nothing, so that older journals are read and older agents read the others.
+        #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+        passwords_for: BTreeSet<String>,
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        keep_expired: bool,
     },
 }
 
@@ -273,6 +278,8 @@ impl From<&Order> for OrderRecord {
                 port: clone.port,
                 settings: clone.settings.clone(),
                 hold: clone.hold,
+                passwords_for: clone.passwords_for.clone(),
+                keep_expired: clone.keep_expired,
             },
         };
         OrderRecord { id: order.id.to_string(), by: order.by.clone(), task }
@@ -287,26 +294,36 @@ impl OrderRecord {
                 instance: instance.clone(),
                 kind: if *automatic { BackupKind::Automatic } else { BackupKind::Manual },
             },
-            TaskRecord::Clone { source, clone_name, target, data_dir, port, settings, hold } => {
-                Task::Clone(CloneOrder {
-                    source: source.clone(),
-                    clone_name: clone_name.clone(),
-                    target: match target {
-                        TargetRecord::Latest => Target::Latest,
-                        TargetRecord::Time(instant) => Target::Time(instant.0),
-                        TargetRecord::Lsn(text) => Target::Lsn(Lsn::parse(text)?),
-                        TargetRecord::Position(text) => Target::Position(Position::parse(text)?),
-                        TargetRecord::UpToTransaction(id) => Target::Transaction { id: id.clone(), included: true },
-                        TargetRecord::BeforeTransaction(id) => Target::Transaction { id: id.clone(), included: false },
-                        TargetRecord::Name(name) => Target::Name(name.clone()),
-                        TargetRecord::Backup(text) => Target::Backup(BackupId::parse(text)?),
-                    },
-                    data_dir: data_dir.clone(),
-                    port: *port,
-                    settings: settings.clone(),
-                    hold: *hold,
-                })
-            }
+            TaskRecord::Clone {
+                source,
+                clone_name,
+                target,
+                data_dir,
+                port,
+                settings,
+                hold,
+                passwords_for,
+                keep_expired,
+            } => Task::Clone(CloneOrder {
+                source: source.clone(),
+                clone_name: clone_name.clone(),
+                target: match target {
+                    TargetRecord::Latest => Target::Latest,
+                    TargetRecord::Time(instant) => Target::Time(instant.0),
+                    TargetRecord::Lsn(text) => Target::Lsn(Lsn::parse(text)?),
+                    TargetRecord::Position(text) => Target::Position(Position::parse(text)?),
+                    TargetRecord::UpToTransaction(id) => Target::Transaction { id: id.clone(), included: true },
+                    TargetRecord::BeforeTransaction(id) => Target::Transaction { id: id.clone(), included: false },
+                    TargetRecord::Name(name) => Target::Name(name.clone()),
+                    TargetRecord::Backup(text) => Target::Backup(BackupId::parse(text)?),
+                },
+                data_dir: data_dir.clone(),
+                port: *port,
+                settings: settings.clone(),
+                hold: *hold,
+                passwords_for: passwords_for.clone(),
+                keep_expired: *keep_expired,
+            }),
         };
         Ok(Order { id: JobId::parse(&self.id)?, by: self.by.clone(), task })
     }
@@ -359,6 +376,8 @@ mod tests {
                 port: Some(5501),
                 settings: [("work_mem".into(), "4MB".into())].into(),
                 hold: true,
+                passwords_for: ["app".into()].into(),
+                keep_expired: true,
             })
         };
         let backup = Task::Backup { instance: "orders".into(), kind: BackupKind::Manual };

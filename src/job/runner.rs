@@ -19,9 +19,10 @@ use crate::job::journal::{self, History, JobLog};
 use crate::job::records::{FORMAT, Instant, OrderRecord, Record, StepRecord};
 use crate::job::restart::{Next, decide};
 use crate::job::step::Live;
-use crate::job::{Restart, UndoCause, Work, Workshop};
+use crate::job::{Restart, UndoCause, Work, Workshop, secrets};
 use crate::model::id::JobId;
 use crate::model::job::{JobReport, JobState, Order, StepState, Task};
+use crate::model::password::Passwords;
 
 /// Limits of a runner.
 #[derive(Debug, Clone)]
@@ -45,7 +46,7 @@ pub struct JobRunner {
 }
 
 pub(super) struct Inner {
-    directory: PathBuf,
+    pub directory: PathBuf,
     workshop: Arc<dyn Workshop>,
     pub clock: Arc<dyn Clock>,
     options: RunnerOptions,
@@ -86,11 +87,12 @@ impl JobRunner {
         clock: Arc<dyn Clock>,
         options: RunnerOptions,
     ) -> Result<JobRunner> {
-        let directory = state_dir.join("jobs");
+        let directory = journal::directory_in(state_dir);
         let (histories, damaged) = journal::load_all(&directory)?;
         for error in &damaged {
             tracing::error!("{error}");
         }
+        secrets::sweep(&directory, &histories.iter().map(|history| &history.report).collect::<Vec<_>>())?;
         let jobs = histories.into_iter().map(|history| {
             let id = history.report.order.id;
             let live = Arc::new(Live::new(history, None));
@@ -148,11 +150,20 @@ impl JobRunner {
         Ok(())
     }
 
-    /// Takes an order: records it and begins it. The same order again is answered with the job as it stands; another
-    /// one under the same id is a `Conflict` that names the first difference.
+    /// Takes an order without passwords: see [`JobRunner::submit_with`].
     pub async fn submit(&self, order: Order) -> Result<JobReport> {
+        self.submit_with(order, Passwords::new()).await
+    }
+
+    /// Takes an order: records it and begins it. The same order again is answered with the job as it stands; another
+    /// one under the same id is a `Conflict` that names the first difference. `passwords` are those of the accounts that
+    /// the order names; they are kept apart from it, for its job only.
+    pub async fn submit_with(&self, order: Order, passwords: Passwords) -> Result<JobReport> {
+        secrets::check(&order, &passwords)?;
         let _desk = self.inner.desk.lock().await;
         if let Some(job) = self.find(order.id) {
+            let (directory, id) = (self.inner.directory.clone(), order.id);
+            run_blocking("compare passwords", move || secrets::require_same(&directory, id, &passwords)).await?;
             return same_order(&job.live.history().report, &order);
         }
         let work = self.inner.workshop.work(&order)?;
@@ -167,7 +178,12 @@ impl JobRunner {
         };
         let history = History::begin(&first)?;
         let (directory, id) = (self.inner.directory.clone(), order.id);
-        let log = run_blocking("create journal", move || JobLog::create(&directory, id, &first)).await;
+        let log = run_blocking("create journal", move || {
+            // First, so that no order is ever recorded whose passwords are lost.
+            secrets::keep(&directory, id, &passwords)?;
+            JobLog::create(&directory, id, &first)
+        })
+        .await;
         let log = log.map_err(|error| error.while_doing("cannot record the order"))?;
         let live = Arc::new(Live::new(history, Some(log)));
         let job = Arc::new(Job { id, live, cancel: Mutex::new(CancellationToken::new()) });
@@ -334,7 +350,7 @@ impl JobRunner {
         let too_many = old.len().saturating_sub(self.inner.options.keep_jobs.saturating_sub(1));
         for (_, id) in old.into_iter().take(too_many) {
             let directory = self.inner.directory.clone();
-            match run_blocking("forget job", move || journal::forget(&directory, id)).await {
+            match run_blocking("forget job", move || forget(&directory, id)).await {
                 Ok(()) => drop(lock(&self.inner.jobs).remove(&id)),
                 Err(error) => tracing::warn!(job = %id, "cannot forget an old job: {error}"),
             }
@@ -390,6 +406,11 @@ impl Job {
     fn report(&self) -> JobReport {
         self.live.history().report.clone()
     }
+}
+
+fn forget(directory: &Path, id: JobId) -> Result<()> {
+    secrets::forget(directory, id)?;
+    journal::forget(directory, id)
 }
 
 fn forgettable(job: &Job) -> Option<(jiff::Timestamp, JobId)> {

@@ -24,6 +24,11 @@ impl EngineKind {
         Self::NAMES.iter().find(|row| row.0 == self).map_or("unknown", |row| row.1)
     }
 
+    /// Whether data may have a time at which they are gone by themselves.
+    pub fn expires_keys(self) -> bool {
+        matches!(self, EngineKind::Redis)
+    }
+
     /// The engine with this name.
     pub fn parse(name: &str) -> Result<EngineKind> {
         Self::NAMES.iter().find(|row| row.1 == name).map(|row| row.0).ok_or_else(|| {

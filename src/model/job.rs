@@ -1,6 +1,6 @@
 //! Jobs: running orders and backups, as lists of steps.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use jiff::Timestamp;
 
@@ -38,6 +38,10 @@ pub struct CloneOrder {
     pub settings: BTreeMap<String, String>,
     /// Stop in quarantine and wait for `keiki accept` or `keiki discard`.
     pub hold: bool,
+    /// Accounts that get new passwords. The passwords travel beside the order: see `password`.
+    pub passwords_for: BTreeSet<String>,
+    /// Keys that have expired since the target stay in the clone, of engines that have such keys.
+    pub keep_expired: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -175,7 +175,7 @@ fn need(request: &Request) -> (Need<'_>, &'static str) {
         Request::ShowJob { .. } => rule(Permission::Status, None, "see a job"),
         Request::ListBackups { instance } => rule(Permission::Status, Some(instance), "see the backups"),
         Request::ShowWindow { instance } => rule(Permission::Status, Some(instance), "see the window"),
-        Request::Submit { order } | Request::Check { order } => match &order.task {
+        Request::Submit { order, .. } | Request::Check { order } => match &order.task {
             Task::Backup { instance, .. } => rule(Permission::Backup, Some(instance), "order a backup"),
             Task::Clone(clone) => rule(Permission::Clone, Some(&clone.source), "order a clone"),
         },

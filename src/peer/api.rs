@@ -11,6 +11,7 @@ use crate::model::cost::{Prices, Reading};
 use crate::model::id::{IncarnationId, JobId, RepositoryId};
 use crate::model::inventory::Inventory;
 use crate::model::job::{JobReport, Order};
+use crate::model::password::Passwords;
 use crate::model::position::Position;
 use crate::model::window::Window;
 
@@ -26,6 +27,8 @@ pub enum Request {
     /// Record an order and begin it; the same order again is answered with the job as it stands. `Job`.
     Submit {
         order: Order,
+        /// Of the accounts that the order names, and of no others.
+        passwords: Passwords,
     },
     /// Only the check list of a clone order, nothing is recorded. Answered with `Checks`.
     Check {

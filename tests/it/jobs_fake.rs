@@ -187,6 +187,8 @@ fn clone_order(name: &str, target: Target) -> Order {
         port: None,
         settings: BTreeMap::new(),
         hold: false,
+        passwords_for: Default::default(),
+        keep_expired: false,
     });
     Order { id: JobId::fresh(), by: "operator:ann".into(), task }
 }

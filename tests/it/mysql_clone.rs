@@ -247,6 +247,8 @@ impl Clone {
             listen_addresses: String::from("127.0.0.1"),
             run_as: source.server.user.name.clone(),
             settings: BTreeMap::new(),
+            passwords_for: Default::default(),
+            keep_expired: false,
             engine_version: source.engine.identify().await.unwrap().version,
             facts: span.facts.clone(),
             backup_start: span.start,

@@ -232,6 +232,8 @@ impl Clone {
             listen_addresses: String::from("127.0.0.1"),
             run_as: server_user().name,
             settings: BTreeMap::new(),
+            passwords_for: Default::default(),
+            keep_expired: false,
             engine_version: source.server.sql("SHOW server_version").split(' ').next().unwrap().to_string(),
             facts: source.facts(),
             backup_start: position(source.start),

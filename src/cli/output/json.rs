@@ -37,6 +37,7 @@ pub fn job(report: &JobReport) -> Value {
         Task::Clone(order) => json!({
             "kind": "clone", "source": order.source, "name": order.clone_name, "target": order.target.to_string(),
             "data_dir": order.data_dir, "port": order.port, "settings": order.settings, "hold": order.hold,
+            "passwords_for": order.passwords_for, "keep_expired": order.keep_expired,
         }),
     };
     json!({

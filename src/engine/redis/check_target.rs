@@ -151,6 +151,8 @@ mod tests {
             listen_addresses: "localhost".into(),
             run_as: "redis".into(),
             settings: Default::default(),
+            passwords_for: Default::default(),
+            keep_expired: false,
             engine_version: version.into(),
             facts: facts.iter().map(|(key, value)| (key.to_string(), value.to_string())).collect(),
             backup_start: Position::File { number: 1, offset: 0 },

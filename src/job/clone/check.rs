@@ -11,6 +11,7 @@ use crate::job::clone::{CloneHost, Grower, Place, site};
 use crate::job::window::{confirm_log, window_of};
 use crate::model::bytes_text::human_bytes;
 use crate::model::check::{CheckItem, Verdict, worst};
+use crate::model::engine_kind::EngineKind;
 use crate::model::incarnation::Incarnation;
 use crate::model::job::CloneOrder;
 use crate::model::position::Position;
@@ -85,6 +86,7 @@ pub async fn check(
     };
     let newest = window.reaches.last().filter(|_| shipped.is_some() && window.holes.is_empty());
     let log_end = newest.map(|reach| reach.to);
+    items.extend(keep_expired_item(source.engine, order));
     items.push(place_item(host, order, place)?);
     items.push(port_item(host, order, place.port));
     match choice {
@@ -174,6 +176,17 @@ async fn find_transaction(
         }
     }
     Ok(None)
+}
+
+/// Refuses `--keep-expired` where there is nothing that expires.
+fn keep_expired_item(engine: EngineKind, order: &CloneOrder) -> Option<CheckItem> {
+    (order.keep_expired && !engine.expires_keys()).then(|| {
+        CheckItem::fail(
+            "--keep-expired",
+            format!("nothing in a database of {} expires by itself", engine.name()),
+            "leave it out",
+        )
+    })
 }
 
 fn place_item(host: &CloneHost, order: &CloneOrder, place: &Place) -> Result<CheckItem> {

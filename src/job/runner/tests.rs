@@ -13,6 +13,7 @@ use crate::base::clock::ManualClock;
 use crate::job::{StepContext, StepPlan};
 use crate::model::backup::BackupKind;
 use crate::model::job::CloneOrder;
+use crate::model::password::Password;
 use crate::model::target::Target;
 
 /// What the steps of the toy job do. Each step waits for a permit of its own.
@@ -128,6 +129,8 @@ fn clone(name: &str) -> Order {
         port: None,
         settings: BTreeMap::new(),
         hold: true,
+        passwords_for: Default::default(),
+        keep_expired: false,
     });
     Order { id: JobId::fresh(), by: "local:root".into(), task }
 }
@@ -342,4 +345,37 @@ async fn heavy_jobs_wait_for_their_turn_and_old_jobs_are_forgotten() {
     }
     assert_eq!(runner.list().len(), 2 + 3);
     assert_eq!(std::fs::read_dir(directory.path().join("jobs")).unwrap().count(), 2 + 3);
+}
+
+#[tokio::test]
+async fn passwords_are_kept_while_a_job_may_need_them_and_are_in_nothing_that_it_says() {
+    let directory = tempfile::tempdir().unwrap();
+    let script = Script::new(&STEPS);
+    let jobs = journal::directory_in(directory.path());
+    let passwords: Passwords = [("app".to_string(), Password::new("s3cret").unwrap())].into();
+    let mut order = clone("copy");
+    let runner = runner(directory.path(), &script);
+    // An order and the passwords beside it speak of the same accounts.
+    assert_eq!(runner.submit_with(order.clone(), passwords.clone()).await.unwrap_err().kind(), Kind::BadInput);
+    let Task::Clone(task) = &mut order.task else { panic!() };
+    task.passwords_for = ["app".to_string()].into();
+    assert_eq!(runner.submit(order.clone()).await.unwrap_err().kind(), Kind::BadInput);
+    runner.submit_with(order.clone(), passwords.clone()).await.unwrap();
+    runner.submit_with(order.clone(), passwords.clone()).await.unwrap();
+    assert_eq!(runner.wait(order.id).await.unwrap().state, JobState::Held);
+    assert_eq!(secrets::read(&jobs, order.id).unwrap(), passwords);
+    let report = format!("{:?}", runner.show(order.id).unwrap());
+    assert!(report.contains("app") && !report.contains("s3cret"), "{report}");
+    // An agent that starts anew finds them, and keeps those of no other job.
+    runner.shut_down().await;
+    secrets::keep(&jobs, JobId::fresh(), &passwords).unwrap();
+    let runner = self::runner(directory.path(), &script);
+    assert_eq!(secrets::read(&jobs, order.id).unwrap(), passwords);
+    runner.accept("copy").await.unwrap();
+    assert_eq!(runner.wait(order.id).await.unwrap().state, JobState::Done);
+    for file in std::fs::read_dir(&jobs).unwrap() {
+        let path = file.unwrap().path();
+        let text = std::fs::read_to_string(&path).unwrap();
+        assert!(!text.contains("s3cret"), "'{}' has it", path.display());
+    }
 }

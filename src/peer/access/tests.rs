@@ -32,13 +32,17 @@ fn clone_of(source: &str) -> Request {
         port: None,
         settings: Default::default(),
         hold: false,
+        passwords_for: Default::default(),
+        keep_expired: false,
     };
-    Request::Submit { order: Order { id: JobId::fresh(), by: String::new(), task: Task::Clone(clone) } }
+    let order = Order { id: JobId::fresh(), by: String::new(), task: Task::Clone(clone) };
+    Request::Submit { order, passwords: Default::default() }
 }
 
 fn backup_of(instance: &str) -> Request {
     let task = Task::Backup { instance: instance.into(), kind: BackupKind::Manual };
-    Request::Submit { order: Order { id: JobId::fresh(), by: String::new(), task } }
+    let order = Order { id: JobId::fresh(), by: String::new(), task };
+    Request::Submit { order, passwords: Default::default() }
 }
 
 /// One of each; the compiler's exhaustive match in `need` keeps the decision complete, this list keeps the tests so.

@@ -216,6 +216,8 @@ pub struct WireCloneOrder {
     port: Option<u16>,
     settings: Vec<(String, String)>,
     hold: bool,
+    passwords_for: Vec<String>,
+    keep_expired: bool,
 }
 
 fn pairs(map: &BTreeMap<String, String>) -> Vec<(String, String)> {
@@ -229,7 +231,17 @@ impl Twin for Order {
         let task = match &self.task {
             Task::Backup { instance, kind } => WireTask::Backup { instance: instance.clone(), kind: kind.to_wire() },
             Task::Clone(clone) => {
-                let CloneOrder { source, clone_name, target, data_dir, port, settings, hold } = clone.clone();
+                let CloneOrder {
+                    source,
+                    clone_name,
+                    target,
+                    data_dir,
+                    port,
+                    settings,
+                    hold,
+                    passwords_for,
+                    keep_expired,
+                } = clone.clone();
                 WireTask::Clone(WireCloneOrder {
                     source,
                     clone_name,
@@ -238,6 +250,8 @@ impl Twin for Order {
                     port,
                     settings: pairs(&settings),
                     hold,
+                    passwords_for: passwords_for.into_iter().collect(),
+                    keep_expired,
                 })
             }
         };
@@ -248,7 +262,17 @@ impl Twin for Order {
         let task = match wire.task {
             WireTask::Backup { instance, kind } => Task::Backup { instance, kind: Twin::from_wire(kind)? },
             WireTask::Clone(clone) => {
-                let WireCloneOrder { source, clone_name, target, data_dir, port, settings, hold } = clone;
+                let WireCloneOrder {
+                    source,
+                    clone_name,
+                    target,
+                    data_dir,
+                    port,
+                    settings,
+                    hold,
+                    passwords_for,
+                    keep_expired,
+                } = clone;
                 Task::Clone(CloneOrder {
                     source,
                     clone_name,
@@ -257,6 +281,8 @@ impl Twin for Order {
                     port,
                     settings: settings.into_iter().collect(),
                     hold,
+                    passwords_for: passwords_for.into_iter().collect(),
+                    keep_expired,
                 })
             }
         };

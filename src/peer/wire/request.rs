@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 use super::Twin;
 use super::noun::WireOrder;
 use crate::error::{Error, Kind, Result};
+use crate::model::password::Password;
 use crate::peer::api::{PutWhen, Request};
 
 /// A request may be forwarded once, so that nobody can send a request in a request in a request.
@@ -19,7 +20,7 @@ pub enum DirectRequest {
     Hello,
     Status,
     Doctor,
-    Submit { order: WireOrder },
+    Submit { order: WireOrder, passwords: Vec<(String, String)> },
     Check { order: WireOrder },
     ListJobs,
     ShowJob { id: String },
@@ -92,7 +93,10 @@ fn direct_to_wire(request: &Request) -> Result<DirectRequest> {
         Request::Hello => DirectRequest::Hello,
         Request::Status => DirectRequest::Status,
         Request::Doctor => DirectRequest::Doctor,
-        Request::Submit { order } => DirectRequest::Submit { order: order.to_wire() },
+        Request::Submit { order, passwords } => DirectRequest::Submit {
+            order: order.to_wire(),
+            passwords: passwords.iter().map(|(account, text)| (account.clone(), text.expose().to_string())).collect(),
+        },
         Request::Check { order } => DirectRequest::Check { order: order.to_wire() },
         Request::ListJobs => DirectRequest::ListJobs,
         Request::ShowJob { id } => DirectRequest::ShowJob { id: id.to_wire() },
@@ -128,7 +132,10 @@ fn direct_from_wire(wire: DirectRequest) -> Result<Request> {
         DirectRequest::Hello => Request::Hello,
         DirectRequest::Status => Request::Status,
         DirectRequest::Doctor => Request::Doctor,
-        DirectRequest::Submit { order } => Request::Submit { order: Twin::from_wire(order)? },
+        DirectRequest::Submit { order, passwords } => {
+            let passwords = passwords.into_iter().map(|(account, text)| Ok((account, Password::new(text)?)));
+            Request::Submit { order: Twin::from_wire(order)?, passwords: passwords.collect::<Result<_>>()? }
+        }
         DirectRequest::Check { order } => Request::Check { order: Twin::from_wire(order)? },
         DirectRequest::ListJobs => Request::ListJobs,
         DirectRequest::ShowJob { id } => Request::ShowJob { id: Twin::from_wire(id)? },

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use jiff::Timestamp;
-use proptest::collection::{btree_map, vec};
+use proptest::collection::{btree_map, btree_set, vec};
 use proptest::option;
 use proptest::prelude::*;
 
@@ -16,6 +16,7 @@ use crate::model::id::{BackupId, IncarnationId, JobId, RepositoryId};
 use crate::model::incarnation::Incarnation;
 use crate::model::inventory::{Holdings, Inventory, Total};
 use crate::model::job::{CloneOrder, JobReport, JobState, Order, ProgressUnit, StepReport, StepState, Task};
+use crate::model::password::{Password, Passwords};
 use crate::model::position::{Lsn, Position};
 use crate::model::target::Target;
 use crate::model::window::{Hole, Reach, Window};
@@ -84,20 +85,32 @@ fn settings() -> impl Strategy<Value = BTreeMap<String, String>> {
     btree_map(text(), text(), 0..4)
 }
 
+fn passwords() -> impl Strategy<Value = Passwords> {
+    let password = "[ -~]{1,9}".prop_map(|text| Password::new(text).unwrap());
+    btree_map(text(), password, 0..3)
+}
+
 fn order() -> impl Strategy<Value = Order> {
     let kind = prop_oneof![Just(BackupKind::Automatic), Just(BackupKind::Manual)];
-    let clone = (text(), text(), target(), option::of(text()), option::of(any::<u16>()), settings(), any::<bool>());
+    let place = (option::of(text()), option::of(any::<u16>()));
+    let more = (btree_set(text(), 0..3), any::<bool>());
+    let clone = (text(), text(), target(), place, settings(), any::<bool>(), more);
     let task = prop_oneof![
         (text(), kind).prop_map(|(instance, kind)| Task::Backup { instance, kind }),
-        clone.prop_map(|(source, clone_name, target, data_dir, port, settings, hold)| Task::Clone(CloneOrder {
-            source,
-            clone_name,
-            target,
-            data_dir,
-            port,
-            settings,
-            hold
-        })),
+        clone.prop_map(|(source, clone_name, target, (data_dir, port), settings, hold, more)| {
+            let (passwords_for, keep_expired) = more;
+            Task::Clone(CloneOrder {
+                source,
+                clone_name,
+                target,
+                data_dir,
+                port,
+                settings,
+                hold,
+                passwords_for,
+                keep_expired,
+            })
+        }),
     ];
     (text(), task).prop_map(|(by, task)| Order { id: JobId::fresh(), by, task })
 }
@@ -231,7 +244,7 @@ fn direct_request() -> BoxedStrategy<Request> {
         Just(Request::ShowJob { id: JobId::fresh() }),
         Just(Request::CancelJob { id: JobId::fresh() }),
         Just(Request::ResumeJob { id: JobId::fresh() }),
-        order().prop_map(|order| Request::Submit { order }),
+        (order(), passwords()).prop_map(|(order, passwords)| Request::Submit { order, passwords }),
         order().prop_map(|order| Request::Check { order }),
     ]
     .boxed();
@@ -562,9 +575,9 @@ fn a_request_can_be_forwarded_once() {
 /// Goal: agents of two builds understand each other as long as the protocol version is the same. If this test fails,
 /// a message has changed: raise `PROTOCOL_VERSION`.
 #[test]
-fn messages_of_protocol_version_2_keep_their_bytes() {
+fn messages_of_protocol_version_3_keep_their_bytes() {
     let hex = |bytes: &[u8]| bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
-    assert_eq!(PROTOCOL_VERSION, 2);
+    assert_eq!(PROTOCOL_VERSION, 3);
     assert_eq!(hex(&encode_request(&Request::Hello).unwrap()), "000000020000");
     let get = Request::GetObject { key: "a/b".into(), range: Some(1..300) };
     assert_eq!(hex(&encode_request(&get).unwrap()), "0000000b001003612f620101fb2c01");

@@ -80,6 +80,8 @@ impl Subject for FakeSubject {
             listen_addresses: "127.0.0.1".into(),
             run_as: String::new(),
             settings: BTreeMap::new(),
+            passwords_for: Default::default(),
+            keep_expired: false,
             engine_version: base.version.clone(),
             facts: base.span.facts.clone(),
             backup_start: base.span.start,

@@ -81,6 +81,8 @@ impl Subject for RedisSubject {
             listen_addresses: "127.0.0.1".into(),
             run_as: server_user().name,
             settings: BTreeMap::new(),
+            passwords_for: Default::default(),
+            keep_expired: false,
             engine_version: base.version.clone(),
             facts: base.span.facts.clone(),
             backup_start: base.span.start,
