@@ -40,6 +40,9 @@ use demux::Demux;
 /// How long the program may take to end by itself after its stream ended.
 const LAST_WORDS_LIMIT: std::time::Duration = std::time::Duration::from_secs(5);
 const PIECE_BYTES: usize = 1 << 20;
+/// How often the program looks for new redo log. Commits are blocked until it has seen the end of it: with its own second
+/// they wait for that long.
+const LOG_COPY_MILLISECONDS: u32 = 20;
 /// More copying threads gain nothing: the stream is one pipe.
 const COPY_THREADS_MAX: usize = 4;
 
@@ -142,6 +145,7 @@ async fn copy(
     let mut command = ChildCommand::new(&tool.path)
         .args(["--no-defaults", "--backup", "--stream=mbstream"])
         .arg(format!("--parallel={threads}"))
+        .arg(format!("--log-copy-interval={LOG_COPY_MILLISECONDS}"))
         .arg(format!("--user={}", endpoint.user))
         .arg(with_path("--socket=", &source.socket))
         .arg(with_path("--datadir=", &source.data_dir))
