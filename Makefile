@@ -64,7 +64,7 @@ TELL = @$(WITH_SERVERS) \
 .PHONY: story-postgres story-mariadb story-redis story-s3
 story-postgres: install-test-servers ## the ledger: clones to many moments, each row checked, on every PostgreSQL
 	$(TELL)
-story-mariadb: install-test-servers ## the ledger on MariaDB: clones to many moments, each row checked
+story-mariadb: install-test-servers ## the ledger on MariaDB 10.11 and 11.8: clones to many moments, each row checked
 	$(TELL)
 story-redis: install-test-servers ## the ledger on Redis: clones to many moments, each key compared by DUMP
 	$(TELL)

@@ -182,6 +182,13 @@ impl Host {
         self.agent.as_ref().unwrap().id()
     }
 
+    /// The most memory that the running agent ever had (proc(5), VmHWM).
+    pub fn peak_memory_bytes(&self) -> u64 {
+        let text = fs::read_to_string(format!("/proc/{}/status", self.agent_process_id())).unwrap();
+        let line = text.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("a running process");
+        line.split_whitespace().next().unwrap().parse::<u64>().unwrap() * 1024
+    }
+
     /// SIGKILL, as a power cut or the out-of-memory killer would do it.
     pub fn kill_agent(&mut self) {
         if let Some(mut agent) = self.agent.take() {

@@ -1,8 +1,10 @@
 //! The ledger for servers of the MySQL family: writers commit numbered rows in tables with and without a key and note what
 //! they saw around each commit, while backups, log switches, DDL and one large transaction happen; then clones are made
-//! of many moments, and every row must be there exactly if it was committed by then.
+//! of many moments, and every row must be there exactly if it was committed by then. Of some moments the tables' checksums
+//! are taken on the source, and those of the clone must be the same. What a backup does to commits, and how much memory
+//! the agents take, is printed.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -16,6 +18,10 @@ use keiki::engine::mysql::source::read_password;
 use super::hosts::{Host, Lab, free_port};
 use super::postgres::server_user;
 
+mod pulse;
+
+use pulse::Pulse;
+
 /// The SQL in which the products differ.
 pub struct Product {
     /// What a session's last transaction is called.
@@ -28,13 +34,16 @@ pub struct Product {
     pub bulk: String,
     /// Times in the log are whole seconds.
     pub has_whole_seconds: bool,
+    /// To how many times clones are made.
+    pub times: usize,
 }
 
 const WRITERS: i64 = 3;
-const RANDOM_TIMES: usize = 8;
-const RANDOM_GTIDS: usize = 3;
-/// Rows of the one large transaction, of about a kilobyte each.
-pub const BULK_ROWS: u64 = 20_000;
+/// Rows of the one large transaction, of about a kilobyte each: 50 MB.
+pub const BULK_ROWS: u64 = 52_000;
+const TABLES: [&str; 4] = ["ledger", "nokey", "bulk", "pulse"];
+/// An agent ships and restores in pieces; what is in memory at once does not depend on the size of a transaction.
+const AGENT_BYTES_MAX: u64 = 256 << 20;
 
 /// A committed transaction, with what its writer saw around the commit.
 #[derive(Debug, Clone)]
@@ -60,30 +69,51 @@ struct Trial {
     title: String,
     arguments: Vec<String>,
     moment: Moment,
+    /// What `CHECKSUM TABLE` said of each table on the source at that moment, where it was asked.
+    sums: Option<BTreeMap<String, String>>,
+}
+
+impl Trial {
+    fn new(title: String, arguments: &[&str], moment: Moment) -> Trial {
+        let arguments = arguments.iter().map(|argument| argument.to_string()).collect();
+        Trial { title, arguments, moment, sums: None }
+    }
+}
+
+/// A moment of the source at which nobody wrote.
+struct Noted {
+    /// As the server prints it, for `--position`.
+    position: String,
+    gtid: String,
+    sequence: u64,
+    sums: BTreeMap<String, String>,
 }
 
 /// Writes history into the instance `orders` of host a, makes clones of it on host b, and compares them: how many were
 /// exact, and what was wrong with the others.
 pub async fn run(lab: &Lab, a: &Host, b: &Host, source: &Endpoint, product: &Product) -> (usize, Vec<String>) {
-    let (rows, mut trials) = write_history(a, source, product).await;
-    println!("{} transactions committed by {WRITERS} writers; {} clones to be made", rows.len(), trials.len() + 1);
-    let now = Timestamp::now();
-    trials.push(Trial {
-        title: "latest".into(),
-        arguments: vec!["--latest".into()],
-        moment: Moment::Between(now, now),
-    });
+    let (rows, trials) = write_history(a, source, product).await;
+    println!("{} transactions committed by {WRITERS} writers; {} clones to be made", rows.len(), trials.len());
     let (mut passed, mut failures) = (0, Vec::new());
     for (number, trial) in trials.iter().enumerate() {
+        let began = Instant::now();
         match clone_and_compare(lab, a, b, number, trial, &rows).await {
             Ok(found) => {
                 passed += 1;
-                println!("pass  {:44} {found} rows", trial.title);
+                let sums = if trial.sums.is_some() { ", checksums equal" } else { "" };
+                println!("pass  {:44} {found} rows{sums}, {:.1} s", trial.title, began.elapsed().as_secs_f64());
             }
             Err(complaint) => {
                 println!("FAIL  {:44} {complaint}", trial.title);
                 failures.push(format!("{}: {complaint}", trial.title));
             }
+        }
+    }
+    for host in [a, b] {
+        let peak = host.peak_memory_bytes();
+        println!("memory of the agent of host {} at most {} MiB", host.name, peak >> 20);
+        if peak > AGENT_BYTES_MAX {
+            failures.push(format!("the agent of host {} had {} MiB", host.name, peak >> 20));
         }
     }
     (passed, failures)
@@ -98,89 +128,122 @@ async fn write_history(a: &Host, source: &Endpoint, product: &Product) -> (Vec<R
         "CREATE TABLE shop.ledger (id BIGINT PRIMARY KEY, writer INT NOT NULL, filler TEXT NOT NULL)",
         "CREATE TABLE shop.nokey (id BIGINT NOT NULL, part INT NOT NULL)",
         "CREATE TABLE shop.bulk (id BIGINT PRIMARY KEY, filler TEXT NOT NULL)",
+        "CREATE TABLE shop.pulse (id BIGINT PRIMARY KEY AUTO_INCREMENT, at TIMESTAMP(6))",
     ] {
         control.execute(sql).await.unwrap();
     }
     let ledger = Ledger::start(source, product.last_gtid).await;
-    let mut trials = Vec::new();
+    let pulse = Pulse::start(source).await;
     ledger.grow(100).await;
-    trials.push(backup_trial(a, "first backup set").await);
+    let first_backup = backup_trial(a, &pulse, "first backup set").await;
     let began = Timestamp::now();
-    let first = ledger.last_sequence();
-    ledger.grow(150).await;
+    ledger.grow(100).await;
+    let early = note(&ledger, &control, product).await;
     control.execute("FLUSH BINARY LOGS").await.unwrap();
-    // As many whole seconds as there are times to be chosen.
-    let half = Timestamp::now();
-    while Timestamp::now().as_second() < half.as_second() + RANDOM_TIMES as i64 / 2 {
-        ledger.grow(20).await;
-    }
+    ledger.grow_for_seconds(product.times / 2).await;
     control
         .execute("ALTER TABLE shop.ledger ADD COLUMN extra INT NOT NULL DEFAULT 7, ADD INDEX (writer)")
         .await
         .unwrap();
     control.query_within(Duration::from_secs(120), &product.bulk).await.unwrap();
-    trials.push(position_trial(&ledger, &control, product).await);
-    blocking(|| a.keiki_ok(&["backup", "create", "orders"]));
+    let middle = note(&ledger, &control, product).await;
+    backup_trial(a, &pulse, "second backup").await;
     control.execute("FLUSH BINARY LOGS").await.unwrap();
     control.execute("CREATE USER joe@localhost IDENTIFIED BY 'x'").await.unwrap();
-    let half = Timestamp::now();
-    while Timestamp::now().as_second() < half.as_second() + RANDOM_TIMES as i64 / 2 {
-        ledger.grow(20).await;
-    }
+    ledger.grow_for_seconds(product.times - product.times / 2).await;
+    let late = note(&ledger, &control, product).await;
     ledger.grow(100).await;
-    let (ended, last) = (Timestamp::now(), ledger.last_sequence());
+    let ended = Timestamp::now();
     let rows = ledger.stop().await;
-    for time in random_times(began, ended, product.has_whole_seconds) {
-        let arguments = vec!["--at".into(), time.to_string()];
-        trials.push(Trial { title: format!("time {time}"), arguments, moment: Moment::Time(time) });
+    println!("{}", pulse.stop().await);
+
+    let mut trials = vec![first_backup];
+    for time in random_times(began, ended, product) {
+        trials.push(Trial::new(format!("time {time}"), &["--at", &time.to_string()], Moment::Time(time)));
     }
-    let prefix = rows[0].gtid.trim_end_matches(|digit: char| digit.is_ascii_digit());
-    for number in 0..RANDOM_GTIDS {
-        let sequence = first + 1 + random_u64() % (last - first);
-        let (option, moment) = match number {
-            0 => ("--before-gtid", Moment::Sequence(sequence - 1)),
-            _ => ("--gtid", Moment::Sequence(sequence)),
-        };
-        let gtid = format!("{prefix}{sequence}");
-        trials.push(Trial { title: format!("{option} {gtid}"), arguments: vec![option.into(), gtid], moment });
-    }
+    let position = middle.position.clone();
+    trials.push(middle.trial("--position", &position));
+    let (first, gtid) = (early.sequence, early.gtid.clone());
+    trials.push(early.trial("--gtid", &gtid));
+    // What comes right after the moment is the first that is not to be there.
+    let next = with_sequence(&late.gtid, late.sequence + 1);
+    trials.push(late.trial("--before-gtid", &next));
+    let last = rows.iter().map(|row| row.sequence).max().unwrap();
+    let sequence = first + 1 + random_u64() % (last - first);
+    let gtid = with_sequence(&gtid, sequence);
+    trials.push(Trial::new(format!("--gtid {gtid}"), &["--gtid", &gtid], Moment::Sequence(sequence)));
+    let now = Timestamp::now();
+    let mut latest = Trial::new("latest".into(), &["--latest"], Moment::Between(now, now));
+    latest.sums = Some(checksums(&control).await.unwrap());
+    trials.push(latest);
     (rows, trials)
 }
 
 /// Different times between the two, of the precision that the log has.
-fn random_times(began: Timestamp, ended: Timestamp, has_whole_seconds: bool) -> Vec<Timestamp> {
-    let unit_microseconds = if has_whole_seconds { 1_000_000 } else { 1 };
+fn random_times(began: Timestamp, ended: Timestamp, product: &Product) -> Vec<Timestamp> {
+    let unit_microseconds = if product.has_whole_seconds { 1_000_000 } else { 1 };
     let units = |time: Timestamp| time.as_microsecond() / unit_microseconds;
     let (first, last) = (units(began) + 1, units(ended));
     let mut chosen = BTreeSet::new();
-    while chosen.len() < RANDOM_TIMES.min((last - first) as usize) {
+    while chosen.len() < product.times.min((last - first) as usize) {
         chosen.insert(first + 1 + (random_u64() % (last - first) as u64) as i64);
     }
     chosen.into_iter().map(|unit| Timestamp::from_microsecond(unit * unit_microseconds).unwrap()).collect()
 }
 
-/// The end of the log now, as the server prints it, and which transaction it lies behind.
-async fn position_trial(ledger: &Ledger, control: &Session, product: &Product) -> Trial {
+/// The end of the log now, and what the tables hold there.
+async fn note(ledger: &Ledger, control: &Session, product: &Product) -> Noted {
     ledger.grow(20).await;
-    // Commits wait meanwhile, so that the position and the state belong together.
+    // Commits wait meanwhile, so that everything that is asked belongs together.
     control.execute("FLUSH TABLES WITH READ LOCK").await.unwrap();
     let rows = control.query(product.log_end).await.unwrap();
-    let gtid = control.value(product.log_state).await.unwrap().unwrap();
+    let state = control.value(product.log_state).await.unwrap().unwrap();
+    let sums = checksums(control).await.unwrap();
     control.execute("UNLOCK TABLES").await.unwrap();
+    ledger.grow(20).await;
     let position = format!("{}:{}", rows.first("File").unwrap(), rows.first("Position").unwrap());
-    let sequence = sequence_of(&gtid);
-    let arguments = vec!["--position".into(), position.clone()];
-    Trial { title: format!("position {position}"), arguments, moment: Moment::Sequence(sequence) }
+    let sequence = sequence_of(&state);
+    let gtid = with_sequence(&ledger.rows.lock().unwrap()[0].gtid, sequence);
+    Noted { position, gtid, sequence, sums }
+}
+
+impl Noted {
+    /// A clone to this moment, by this option.
+    fn trial(self, option: &str, value: &str) -> Trial {
+        let title = format!("{option} {value}");
+        Trial { sums: Some(self.sums), ..Trial::new(title, &[option, value], Moment::Sequence(self.sequence)) }
+    }
+}
+
+/// What `CHECKSUM TABLE` says of each table.
+async fn checksums(session: &Session) -> Result<BTreeMap<String, String>, String> {
+    let mut sums = BTreeMap::new();
+    for table in TABLES {
+        let sql = format!("CHECKSUM TABLE shop.{table}");
+        let rows = session.query_within(Duration::from_secs(120), &sql).await.map_err(|error| error.to_string())?;
+        let sum = rows.first("Checksum").ok_or_else(|| format!("{sql} says nothing"))?;
+        sums.insert(table.to_string(), sum.to_string());
+    }
+    Ok(sums)
 }
 
 /// Takes a backup; its clone must hold what was committed before it began and nothing that began after it ended.
-async fn backup_trial(a: &Host, title: &str) -> Trial {
+async fn backup_trial(a: &Host, pulse: &Pulse, title: &str) -> Trial {
     let from = Timestamp::now();
-    blocking(|| a.keiki_ok(&["backup", "create", "orders"]));
+    let lock = pulse.during(|| blocking(|| a.keiki_ok(&["backup", "create", "orders"])));
     let to = Timestamp::now();
     let list = a.json(&["backup", "list", "orders"]);
     let id = list.as_array().unwrap().last().unwrap()["id"].as_str().unwrap().to_string();
-    Trial { title: title.to_string(), arguments: vec!["--backup".into(), id], moment: Moment::Between(from, to) }
+    let said = blocking(|| a.keiki_ok(&["backup", "show", "orders", &id]));
+    let said = said.lines().find_map(|line| line.strip_prefix("lock_seconds ")).map(str::trim);
+    let said = said.map_or(String::new(), |seconds| format!("; its program says that it locked for {seconds} s"));
+    println!("{title}: {lock}{said}");
+    Trial::new(title.to_string(), &["--backup", &id], Moment::Between(from, to))
+}
+
+/// The same GTID with another number at its end.
+fn with_sequence(gtid: &str, sequence: u64) -> String {
+    format!("{}{sequence}", gtid.trim_end_matches(|digit: char| digit.is_ascii_digit()))
 }
 
 /// The number at the end.
@@ -225,10 +288,6 @@ impl Ledger {
         self.rows.lock().unwrap().len()
     }
 
-    fn last_sequence(&self) -> u64 {
-        self.rows.lock().unwrap().iter().map(|row| row.sequence).max().unwrap()
-    }
-
     /// Waits until this many more are committed.
     async fn grow(&self, more: usize) {
         let wanted = self.len() + more;
@@ -236,6 +295,14 @@ impl Ledger {
         while self.len() < wanted {
             assert!(began.elapsed() < Duration::from_secs(120), "the writers are stuck");
             tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    /// Waits until so many whole seconds have passed and something was committed in each.
+    async fn grow_for_seconds(&self, seconds: usize) {
+        let began = Timestamp::now().as_second();
+        while Timestamp::now().as_second() < began + seconds as i64 {
+            self.grow(20).await;
         }
     }
 
@@ -300,7 +367,7 @@ async fn clone_and_compare(
         let said = String::from_utf8_lossy(&output.stderr);
         return Err(format!("{}{said}", String::from_utf8_lossy(&output.stdout)));
     }
-    let looked = look(&lab.path("clones-b").join(format!("{name}.run"))).await;
+    let looked = look(&lab.path("clones-b").join(format!("{name}.run")), trial.sums.as_ref()).await;
     let archived = b.instance(&name)["state"].clone();
     let removed = blocking(|| b.keiki(&["discard", &name, "--yes"]));
     if !removed.status.success() {
@@ -317,8 +384,9 @@ async fn clone_and_compare(
     }
 }
 
-/// What a clone holds, after its tables were checked against each other and by the server; and it must be writable.
-async fn look(run_dir: &std::path::Path) -> Result<BTreeSet<i64>, String> {
+/// What a clone holds, after its tables were checked against each other, by the server and by the source's checksums; and
+/// it must be writable.
+async fn look(run_dir: &std::path::Path, sums: Option<&BTreeMap<String, String>>) -> Result<BTreeSet<i64>, String> {
     let password = read_password(&run_dir.join(PASSWORD_FILE)).map_err(|error| error.to_string())?;
     let endpoint = Endpoint {
         socket: run_dir.join(SOCKET_FILE),
@@ -329,11 +397,17 @@ async fn look(run_dir: &std::path::Path) -> Result<BTreeSet<i64>, String> {
     let session = Session::open(&endpoint).await.map_err(|error| format!("the clone does not answer: {error}"))?;
     let ask = async |sql: &str| session.query_within(Duration::from_secs(60), sql).await.map_err(|e| e.to_string());
     let mut checked = Vec::new();
-    for table in ["ledger", "nokey", "bulk"] {
+    for table in TABLES {
         checked.extend(ask(&format!("CHECK TABLE shop.{table} EXTENDED")).await?.rows);
     }
     if let Some(bad) = checked.iter().find(|row| row.last() != Some(&Some("OK".to_string()))) {
         return Err(format!("CHECK TABLE says {bad:?}"));
+    }
+    if let Some(wanted) = sums {
+        let found = checksums(&session).await?;
+        if found != *wanted {
+            return Err(format!("the checksums are {found:?}, on the source they were {wanted:?}"));
+        }
     }
     let bulk = ask("SELECT COUNT(*) AS n FROM shop.bulk").await?;
     if ![Some("0"), Some(BULK_ROWS.to_string().as_str())].contains(&bulk.first("n")) {
