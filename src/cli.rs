@@ -17,6 +17,7 @@ mod ca;
 mod clone;
 mod connection;
 mod doctor;
+mod group;
 mod download;
 mod hosts;
 mod instances;

@@ -167,6 +167,21 @@ pub struct AcceptedClone {
     pub run_as: String,
 }
 
+/// Facts that a group gives to a member.
+pub type Ties = BTreeMap<String, String>;
+
+/// A member of a group before it is grown.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TiedMember {
+    /// The clone's name, and its source as `host/instance`.
+    pub name: String,
+    pub source: String,
+    /// Of the accepted clone.
+    pub port: u16,
+    /// Of the backup that it will be made from.
+    pub facts: BTreeMap<String, String>,
+}
+
 /// What was asked of the server after replay, never guessed from a log line.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Recovered {
@@ -279,6 +294,20 @@ pub trait CloneEngine: Send + Sync {
         progress: Arc<dyn Progress>,
         cancel: CancellationToken,
     ) -> Result<Recovered>;
+
+    /// What clones of a group that are all of this engine must know of each other, where servers form one thing together
+    /// (the nodes of a Redis Cluster): for each member facts that its site gets beside those of its backup, each key with
+    /// `model::group::TIE_PREFIX`, and lines for the check list. Takes the addresses on which the clones will listen. An
+    /// error if they cannot be grown together. Nothing, and so the default, for servers that know nothing of each other.
+    fn tie(&self, members: &[TiedMember], _listen_addresses: &str) -> Result<(Vec<CheckItem>, Vec<Ties>)> {
+        Ok((Vec::new(), vec![Ties::new(); members.len()]))
+    }
+
+    /// Waits until a clone with ties, which was handed over as all others of its group were, serves together with them. Of
+    /// the site only places and facts of ties are there.
+    async fn confirm_ties(&self, _site: &CloneSite, _cancel: CancellationToken) -> Result<Vec<CleanUpItem>> {
+        Ok(Vec::new())
+    }
 
     /// Removes what a copy must not keep and writes the clone's own settings. The server runs in quarantine, before
     /// and after. Repeating it is harmless.

@@ -20,6 +20,7 @@ pub mod backup;
 pub mod clone;
 pub mod download;
 mod drive;
+pub mod group;
 pub mod journal;
 pub mod ports;
 pub mod records;

@@ -9,6 +9,7 @@ pub mod capabilities;
 pub mod check;
 pub mod cost;
 pub mod engine_kind;
+pub mod group;
 pub mod id;
 pub mod incarnation;
 pub mod inventory;

@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use crate::error::{Context, Error, Kind, Result};
 use crate::model::engine_kind::EngineKind;
+use crate::model::group::Group;
 use crate::model::id::check_name;
 pub use crate::peer::access::AllowRule;
 use crate::peer::access::{Permission, check_who};
@@ -19,6 +20,7 @@ pub use crate::peer::tls::TlsConfig;
 pub use repository::{RepositoryConfig, RepositoryUrl, S3Config};
 pub use schedule::{BackupWindow, next_start};
 
+mod group;
 mod place;
 mod prices;
 mod raw;
@@ -45,6 +47,7 @@ pub struct Config {
     pub repository: RepositoryConfig,
     pub peers: Vec<PeerConfig>,
     pub instances: Vec<InstanceConfig>,
+    pub groups: Vec<Group>,
     pub clone: CloneConfig,
     pub allow: Vec<AllowRule>,
     pub limits: LimitsConfig,
@@ -274,6 +277,7 @@ impl Reader<'_> {
         let peers = self.peers(&raw.peer, &host.name, tls.is_some())?;
         Ok(Config {
             repository: self.repository(&raw.repository, &peers)?,
+            groups: self.groups(&raw.group, &raw.instance)?,
             instances: self.instances(&raw.instance)?,
             clone: self.clone_config(&raw.clone)?,
             allow: raw.allow.iter().map(|rule| self.allow(rule)).collect::<Result<_>>()?,

@@ -22,6 +22,7 @@ use crate::engine::redis::{RedisEngine, RedisSource};
 use crate::error::{Error, Kind, Result};
 use crate::job::JobRunner;
 use crate::job::archive::remove_binding;
+use crate::job::clone::ports_of_jobs;
 use crate::job::ports::{InstanceRegistry, NewInstance, TakenPlace};
 use crate::model::backup::BackupKind;
 use crate::model::engine_kind::EngineKind;
@@ -281,6 +282,10 @@ impl InstanceRegistry for Host {
                 port: instance.config.port,
             })
             .collect()
+    }
+
+    fn ports_of_jobs(&self) -> Vec<u16> {
+        self.runner().map(|runner| ports_of_jobs(runner)).unwrap_or_default()
     }
 
     async fn register(&self, instance: NewInstance) -> Result<()> {

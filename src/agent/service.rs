@@ -70,9 +70,18 @@ impl AgentService {
             Request::Check { order } => self.workshop.check_clone(&order).await.map(Response::Checks),
             Request::ListJobs => Ok(Response::Jobs(host.runner()?.list())),
             Request::ShowJob { id } => host.runner()?.show(id).map(Response::Job),
-            Request::CancelJob { id } => host.runner()?.cancel(id).await.map(Response::Job),
-            Request::ResumeJob { id } => host.runner()?.resume(id).await.map(Response::Job),
-            Request::Accept { clone } => host.runner()?.accept(&clone).await.map(Response::Job),
+            Request::CancelJob { id } => {
+                self.workshop.refuse_member(id, "cancel")?;
+                host.runner()?.cancel(id).await.map(Response::Job)
+            }
+            Request::ResumeJob { id } => {
+                self.workshop.refuse_member(id, "resume")?;
+                host.runner()?.resume(id).await.map(Response::Job)
+            }
+            Request::Accept { clone } => {
+                self.workshop.refuse_member_named(&clone, "accept")?;
+                host.runner()?.accept(&clone).await.map(Response::Job)
+            }
             Request::Discard { clone } => self.workshop.discard(&clone).await.map(Response::Job),
             Request::ListBackups { instance } => views::backups(host, &instance).await.map(Response::Backups),
             Request::ShowWindow { instance } => views::window(host, &instance).await,
@@ -109,6 +118,7 @@ impl AgentService {
             repository: host.repository.describe(),
             repository_error: host.repository.problem().await,
             instances,
+            groups: host.config.groups.clone(),
             peers: host
                 .config
                 .peers

@@ -13,9 +13,12 @@ use crate::engine::redis::clone::RedisCloner;
 use crate::error::{Error, Kind, Result};
 use crate::job::backup::BackupWork;
 use crate::job::clone::{self, CloneHost, CloneWork, Grower};
+use crate::job::group::{GroupWork, remove_accepted_group};
 use crate::job::{Work, Workshop};
 use crate::model::check::CheckItem;
 use crate::model::engine_kind::EngineKind;
+use crate::model::group::GroupOrder;
+use crate::model::id::JobId;
 use crate::model::job::{JobReport, JobState, Order, Task};
 
 /// The engine that grows and starts clones of this kind, if there is one.
@@ -78,21 +81,59 @@ impl AgentWorkshop {
 
     /// The check list of a clone order, for `--check`.
     pub async fn check_clone(&self, order: &Order) -> Result<Vec<CheckItem>> {
-        let Task::Clone(clone) = &order.task else {
-            return Err(
-                Error::new(Kind::Unsupported, "a backup has no check list").hint("'keiki doctor' checks the instance")
-            );
-        };
         let host = self.host()?;
-        self.clone_host(&host).check_only(clone).await
+        match &order.task {
+            Task::Clone(clone) => self.clone_host(&host).check_only(clone).await,
+            Task::CloneGroup(group) => self.group_work(&host, group)?.check_only().await,
+            Task::Backup { .. } => {
+                let error = Error::new(Kind::Unsupported, "a backup has no check list");
+                Err(error.hint("'keiki doctor' checks the instance"))
+            }
+        }
+    }
+
+    fn group_work(&self, host: &Arc<Host>, group: &GroupOrder) -> Result<GroupWork> {
+        GroupWork::new(self.clone_host(host), host.runner()?.as_ref().clone(), group.clone())
+    }
+
+    /// An error if this job belongs to a group that has not been decided about: it is decided about as one. `verb` is
+    /// what somebody wants to do with the job.
+    pub fn refuse_member(&self, id: JobId, verb: &str) -> Result<()> {
+        let host = self.host()?;
+        let Some(group) = host.runner()?.group_of(id) else { return Ok(()) };
+        let name = group.order.task.clone_name().unwrap_or_default();
+        let id_of_group = group.order.id;
+        Err(Error::new(
+            Kind::Conflict,
+            format!("cannot {verb} it alone: it belongs to group '{name}', job {id_of_group}"),
+        )
+        .hint(format!(
+            "'keiki accept {name}' and 'keiki discard {name}' decide about all of it; 'keiki job show {id_of_group}' \
+                 says how it stands"
+        )))
+    }
+
+    /// The same for the clone of this name.
+    pub fn refuse_member_named(&self, name: &str, verb: &str) -> Result<()> {
+        let host = self.host()?;
+        let newest = host.runner()?.list().into_iter().find(|report| report.order.task.clone_name() == Some(name));
+        newest.map_or(Ok(()), |report| self.refuse_member(report.order.id, verb))
+    }
+
+    /// Whether something of an accepted group is an instance of this host.
+    fn has_members(&self, host: &Host, order: &Order) -> bool {
+        match &order.task {
+            Task::CloneGroup(group) => group.member_names().iter().any(|name| host.instance(name).is_ok()),
+            Task::Clone(_) | Task::Backup { .. } => false,
+        }
     }
 
     /// Deletes a clone: one that waits in quarantine through its job, an accepted one by what its job recorded.
     pub async fn discard(&self, name: &str) -> Result<JobReport> {
         let host = self.host()?;
         let runner = host.runner()?;
-        let of_this_name =
-            |report: &JobReport| matches!(&report.order.task, Task::Clone(order) if order.clone_name == name);
+        self.refuse_member_named(name, "discard")?;
+        let of_this_name = |report: &JobReport| report.order.task.clone_name() == Some(name);
         // The newest first: an older job of the same name is over and gone.
         let newest = runner.list().into_iter().find(of_this_name);
         match newest {
@@ -100,6 +141,13 @@ impl AgentWorkshop {
                 let facts = runner.facts(report.order.id)?;
                 clone::remove_accepted(&self.clone_host(&host), &report, &facts).await?;
                 Ok(report)
+            }
+            Some(report) if report.state == JobState::Done && self.has_members(&host, &report.order) => {
+                remove_accepted_group(&self.clone_host(&host), runner, &report.order).await?;
+                Ok(report)
+            }
+            Some(report) if report.state == JobState::Failed && matches!(report.order.task, Task::CloneGroup(_)) => {
+                runner.discard(name).await
             }
             Some(report) if matches!(report.state, JobState::Held | JobState::Running) => runner.discard(name).await,
             _ => Err(Error::new(Kind::NotFound, format!("host '{}' has no clone '{name}'", host.config.host.name))
@@ -113,6 +161,7 @@ impl Workshop for AgentWorkshop {
         let host = self.host()?;
         match &order.task {
             Task::Clone(clone) => Ok(Arc::new(CloneWork::new(self.clone_host(&host), clone.clone())?)),
+            Task::CloneGroup(group) => Ok(Arc::new(self.group_work(&host, group)?)),
             Task::Backup { instance, kind } => {
                 let supervisor = host.instance(instance)?;
                 Ok(Arc::new(BackupWork::new(supervisor.backup_source()?, *kind, host.config.limits.backup_lanes)))

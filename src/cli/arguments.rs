@@ -52,9 +52,9 @@ pub enum Verb {
     Window { instance: String },
     /// Grow a clone of an instance as it was at a moment.
     Clone(CloneArguments),
-    /// Open a clone that waits in quarantine.
+    /// Open a clone, or a group of clones, that waits in quarantine.
     Accept { name: String },
-    /// Delete a clone that waits in quarantine.
+    /// Delete a clone, or a group of clones, that waits in quarantine or was accepted.
     Discard {
         name: String,
         /// Do not ask.
@@ -120,12 +120,12 @@ pub struct Place {
 
 #[derive(Args)]
 pub struct CloneArguments {
-    /// The instance to clone: NAME, or HOST/NAME where several hosts have one of that name.
+    /// The instance to clone: NAME, or HOST/NAME where several hosts have one of that name. Or a group of this host.
     pub source: String,
     /// The host, or the hosts, that the clone grows on; this host if not given.
     #[arg(long, value_name = "HOST", value_delimiter = ',')]
     pub to: Vec<String>,
-    /// The name of the clone.
+    /// The name of the clone; those of a group get it before the names of their instances.
     #[arg(long = "as", value_name = "NAME")]
     pub clone_name: String,
     #[command(flatten)]
@@ -244,7 +244,8 @@ back up
 clone
   keiki clone SOURCE --to HOST --as NAME --at '2026-11-21 09:59:00+00'
                                    add --check to see the check list only, --hold to look before it opens
-  keiki accept NAME | discard NAME decide about a clone in quarantine
+                                   SOURCE may be a group: its members grow as NAME-member, as one
+  keiki accept NAME | discard NAME decide about a clone, or a group of them, in quarantine
   keiki job list | follow ID       watch what is running
 
 set up

@@ -5,9 +5,11 @@ use std::collections::BTreeMap;
 use crate::cli::Outcome;
 use crate::cli::arguments::{CloneArguments, TargetArguments};
 use crate::cli::connection::{Connection, expect_response};
+use crate::cli::group;
 use crate::cli::job::submit_and_follow;
 use crate::cli::output::checks;
 use crate::error::{Error, Kind, Result};
+use crate::model::group::{Group, GroupOrder};
 use crate::model::id::{BackupId, JobId, check_name};
 use crate::model::job::{CloneOrder, Order, Task};
 use crate::model::position::{Lsn, Position};
@@ -15,7 +17,10 @@ use crate::model::target::Target;
 use crate::peer::api::{Request, Response};
 
 pub async fn run(agent: &Connection, typed: CloneArguments, as_json: bool) -> Result<Outcome> {
-    let clone = read_order(&typed)?;
+    let task = match group::find(agent, &typed.source).await? {
+        Some(group) => Task::CloneGroup(read_group_order(&typed, group)?),
+        None => Task::Clone(read_order(&typed)?),
+    };
     let hosts: Vec<Option<&str>> = match typed.to.as_slice() {
         [] => vec![agent.host()],
         named => named.iter().map(|host| Some(host.as_str())).collect(),
@@ -25,10 +30,10 @@ pub async fn run(agent: &Connection, typed: CloneArguments, as_json: bool) -> Re
     for host in hosts {
         // The agent of this host is asked directly: it need not be its own peer.
         let host = host.filter(|name| *name != own_host);
-        let order = Order { id: JobId::fresh(), by: String::new(), task: Task::Clone(clone.clone()) };
+        let order = Order { id: JobId::fresh(), by: String::new(), task: task.clone() };
         if !as_json {
             let place = host.unwrap_or(&own_host);
-            eprintln!("{} on host '{place}' from '{}' as of {}", clone.clone_name, clone.source, clone.target);
+            eprintln!("{}", announcement(&task, place));
         }
         let one = if typed.check {
             let answer = agent.ask_host(host, Request::Check { order }).await?;
@@ -41,6 +46,20 @@ pub async fn run(agent: &Connection, typed: CloneArguments, as_json: bool) -> Re
         }
     }
     Ok(outcome)
+}
+
+/// What is about to happen, with the moment as it was understood.
+fn announcement(task: &Task, host: &str) -> String {
+    match task {
+        Task::Clone(clone) => {
+            format!("{} on host '{host}' from '{}' as of {}", clone.clone_name, clone.source, clone.target)
+        }
+        Task::CloneGroup(order) => {
+            let names = order.member_names().join(", ");
+            format!("{names} on host '{host}' from group '{}' as of {}", order.group, order.target)
+        }
+        Task::Backup { instance, .. } => format!("backup of '{instance}'"),
+    }
 }
 
 async fn own_host_name(agent: &Connection) -> Result<String> {
@@ -78,7 +97,44 @@ fn read_order(typed: &CloneArguments) -> Result<CloneOrder> {
         hold: typed.hold,
         passwords_for: Default::default(),
         keep_expired: false,
+        ties: BTreeMap::new(),
     })
+}
+
+/// The order of a group; what means one instance only is refused.
+fn read_group_order(typed: &CloneArguments, group: Group) -> Result<GroupOrder> {
+    let refuse = |option, hint| Err(group::refuse(&group.name, option, hint));
+    if typed.dir.is_some() {
+        return refuse("--dir", "its clones lie below '[clone] data_root' of the target host");
+    }
+    if typed.port.is_some() {
+        return refuse(
+            "--port",
+            "its clones get free ports of '[clone] ports' of the target host, and the result names them",
+        );
+    }
+    if !typed.settings.is_empty() {
+        return refuse("--set", "order it with --hold, and set on each server what you want before 'keiki accept'");
+    }
+    let of_one = [
+        (typed.target.position.is_some(), "--position"),
+        (typed.target.gtid.is_some(), "--gtid"),
+        (typed.target.before_gtid.is_some(), "--before-gtid"),
+        (typed.target.name.is_some(), "--name"),
+        (typed.target.backup.is_some(), "--backup"),
+    ];
+    if let Some((_, option)) = of_one.iter().find(|(is_given, _)| *is_given) {
+        return refuse(option, "choose a time with --at, or --latest: all members show the same moment");
+    }
+    let order = GroupOrder {
+        group: group.name.clone(),
+        clone_name: typed.clone_name.clone(),
+        sources: group.members,
+        target: read_target(&typed.target)?,
+        hold: typed.hold,
+    };
+    order.check()?;
+    Ok(order)
 }
 
 fn read_target(typed: &TargetArguments) -> Result<Target> {
@@ -162,6 +218,31 @@ mod tests {
         assert_eq!(at("16/B374D848").unwrap(), Target::Lsn(Lsn(0x16_B374_D848)));
         for wrong in ["binlog.000012", "binlog.000012:", "binlog.x:5", "12"] {
             assert!(at(wrong).unwrap_err().hint_text().is_some(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn what_means_one_instance_is_refused_for_a_group_with_a_hint() {
+        let group = || Group { name: "shop".into(), members: vec!["orders".into(), "db2/cart".into()] };
+        let at = |target: TargetArguments| CloneArguments { clone_name: "check".into(), target, ..typed() };
+        let time = TargetArguments { at: Some("2026-11-21 10:00:00Z".into()), ..typed().target };
+        let order = read_group_order(&at(time), group()).unwrap();
+        assert_eq!(order.member_names(), ["check-orders", "check-cart"]);
+        assert_eq!(order.target.to_string(), "2026-11-21 10:00:00Z");
+        let wrong = [
+            at(TargetArguments { position: Some("0/1".into()), ..typed().target }),
+            at(TargetArguments { gtid: Some("0-1-1".into()), ..typed().target }),
+            at(TargetArguments { before_gtid: Some("0-1-1".into()), ..typed().target }),
+            at(TargetArguments { name: Some("x".into()), ..typed().target }),
+            at(TargetArguments { backup: Some("x".into()), ..typed().target }),
+            CloneArguments { port: Some(1), ..typed() },
+            CloneArguments { dir: Some("/d".into()), ..typed() },
+            CloneArguments { settings: vec!["a=b".into()], ..typed() },
+        ];
+        for wrong in wrong {
+            let error = read_group_order(&wrong, group()).unwrap_err();
+            assert!(error.message().contains("group 'shop' with --"), "{error}");
+            assert!(error.hint_text().is_some(), "{error}");
         }
     }
 

@@ -14,7 +14,11 @@ pub async fn run(agent: &Connection, as_json: bool) -> Result<Outcome> {
         let values: Vec<_> = all
             .iter()
             .map(|(host, status)| match status {
-                Ok(status) => json!({ "host": host, "instances": status.instances.iter().map(shapes::instance).collect::<Vec<_>>() }),
+                Ok(status) => json!({
+                    "host": host,
+                    "instances": status.instances.iter().map(shapes::instance).collect::<Vec<_>>(),
+                    "groups": shapes::groups(&status.groups),
+                }),
                 Err(cause) => json!({ "host": host, "error": shapes::error(cause) }),
             })
             .collect();
@@ -35,6 +39,16 @@ pub async fn run(agent: &Connection, as_json: bool) -> Result<Outcome> {
         }
     }
     table::print(&["HOST", "INSTANCE", "ENGINE", "STATE", "PORT", "DATA DIRECTORY"], rows);
+    let groups = all.iter().flat_map(|(host, status)| status.iter().map(move |status| (host, &status.groups)));
+    let rows: Vec<Vec<String>> = groups
+        .flat_map(|(host, groups)| {
+            groups.iter().map(|group| vec![host.clone(), group.name.clone(), group.members.join(", ")])
+        })
+        .collect();
+    if !rows.is_empty() {
+        println!();
+        table::print(&["HOST", "GROUP", "MEMBERS"], rows);
+    }
     for (_, status) in &all {
         if let Err(cause) = status {
             error::print(cause, false);

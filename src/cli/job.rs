@@ -3,6 +3,7 @@
 use crate::cli::Outcome;
 use crate::cli::arguments::JobAction;
 use crate::cli::connection::{Connection, expect_response};
+use crate::cli::group;
 use crate::cli::output::{json, progress, table};
 use crate::error::Result;
 use crate::model::id::JobId;
@@ -15,10 +16,11 @@ pub async fn run(agent: &Connection, action: JobAction, as_json: bool) -> Result
         JobAction::List => list(agent, as_json).await,
         JobAction::Show { id } => {
             let report = ask(agent, Request::ShowJob { id: JobId::parse(&id)? }).await?;
+            let members = group::members_of(agent, agent.host(), &report).await?;
             if as_json {
-                println!("{}", json::job(&report));
+                println!("{}", group::json_of(&report, &members));
             } else {
-                show(&report);
+                show(&group::with_steps_of_members(&report, &members), &members);
             }
             Ok(Outcome::Good)
         }
@@ -90,10 +92,11 @@ fn title(task: &Task) -> String {
     match task {
         Task::Backup { instance, .. } => format!("backup of {instance}"),
         Task::Clone(order) => format!("clone {} of {} at {}", order.clone_name, order.source, order.target),
+        Task::CloneGroup(order) => format!("clones {} of group {} at {}", order.clone_name, order.group, order.target),
     }
 }
 
-fn show(report: &JobReport) {
+fn show(report: &JobReport, members: &[JobReport]) {
     println!("job    {}", report.order.id);
     println!("what   {}", title(&report.order.task));
     println!("by     {}", report.order.by);
@@ -116,5 +119,5 @@ fn show(report: &JobReport) {
         })
         .collect();
     table::print(&["STEP", "STATE", "NOTE"], rows);
-    progress::print_end(report, false);
+    progress::print_end(report, members, false);
 }

@@ -40,6 +40,10 @@ pub fn text(status: &HostStatus) -> String {
         let rows = status.instances.iter().map(|instance| row(instance, status.now)).collect();
         parts.push(table::render(&["INSTANCE", "STATE", "BACKLOG", "SHIPPED TO", "LAST BACKUP", "PORT"], rows));
     }
+    if !status.groups.is_empty() {
+        let rows = status.groups.iter().map(|group| vec![group.name.clone(), group.members.join(", ")]).collect();
+        parts.push(table::render(&["GROUP", "MEMBERS"], rows));
+    }
     for instance in &status.instances {
         if let Some(problem) = &instance.problem {
             parts.push(format!("{}: {}", instance.name, error::text(problem)));
@@ -76,6 +80,7 @@ fn seconds_between(from: Timestamp, to: Timestamp) -> u64 {
 mod tests {
     use super::*;
     use crate::error::{Error, Kind};
+    use crate::model::group::Group;
     use crate::model::position::{Lsn, Position};
 
     #[test]
@@ -89,6 +94,7 @@ mod tests {
             repository: "file:///srv/keiki".into(),
             repository_error: None,
             peers: vec![],
+            groups: vec![Group { name: "online".into(), members: vec!["orders".into(), "b/cart".into()] }],
             instances: vec![InstanceStatus {
                 name: "orders".into(),
                 engine: "postgres".into(),
@@ -112,6 +118,9 @@ mod tests {
 
         INSTANCE  STATE     BACKLOG           SHIPPED TO   LAST BACKUP                       PORT
         orders    retrying  32.0 MiB, 1m 15s  1@0/3000000  20261121T090000Z-k3xq, 1h 1m ago  5432
+
+        GROUP   MEMBERS
+        online  orders, b/cart
 
         orders: error: cannot store 'x': no space left
         hint: free some space

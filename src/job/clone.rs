@@ -19,13 +19,14 @@ use crate::engine::{CleanUpItem, CloneEngine, CloneSite, Recovered};
 use crate::error::{Error, Kind, Result};
 use crate::job::ports::{InstanceRegistry, RepositoryDoor, SourceAgents};
 use crate::job::window::confirm_log;
-use crate::job::{Restart, StepContext, StepPlan, UndoCause, Work, journal, secrets};
+use crate::job::{JobRunner, Restart, StepContext, StepPlan, UndoCause, Work, journal, secrets};
 use crate::model::backup::Backup;
 use crate::model::check::{CheckItem, Verdict};
 use crate::model::engine_kind::EngineKind;
+use crate::model::group::TIE_PREFIX;
 use crate::model::id::{BackupId, IncarnationId, JobId, check_name};
 use crate::model::incarnation::Incarnation;
-use crate::model::job::{CloneOrder, JobReport, Task};
+use crate::model::job::{CloneOrder, JobReport, JobState, Task};
 use crate::model::password::{check_account, hidden_in};
 use crate::model::position::Position;
 use crate::model::target::utc_text;
@@ -36,11 +37,11 @@ use crate::repo::log_reader::LogReader;
 use crate::repo::repository::Repository;
 
 mod accept;
-mod check;
+pub(super) mod check;
 mod log_source;
 mod plan;
 mod site;
-mod space;
+pub(super) mod space;
 mod stage;
 mod writers;
 
@@ -54,6 +55,9 @@ const STAGE: &str = "stage";
 const RECOVER: &str = "recover";
 const CLEAN_UP: &str = "clean up";
 const ACCEPT: &str = "accept";
+
+/// The bus of a Redis Cluster is at a node's port and this (`CLUSTER_PORT_INCR` in `src/cluster.h` of Redis 7.0).
+const CLUSTER_BUS_PORT_OFFSET: u16 = 10_000;
 
 /// What steps leave for later ones in the job's journal.
 mod facts {
@@ -108,6 +112,11 @@ pub struct Place {
 }
 
 impl CloneHost {
+    /// The engine that grows clones of this kind here.
+    pub(super) fn engine(&self, kind: EngineKind) -> Result<&dyn CloneEngine> {
+        Ok(self.grower(kind)?.engine.as_ref())
+    }
+
     /// What grows clones of an engine here.
     fn grower(&self, kind: EngineKind) -> Result<&Grower> {
         self.growers.get(&kind).ok_or_else(|| {
@@ -122,11 +131,9 @@ impl CloneHost {
             Some(dir) => PathBuf::from(dir),
             None => self.data_root.join(&order.clone_name),
         };
-        let taken: Vec<u16> = self.registry.places().iter().map(|place| place.port).collect();
-        let free = |port: &u16| !taken.contains(port) && check::port_is_free(*port);
         let port = match order.port {
             Some(port) => port,
-            None => self.ports.clone().find(free).ok_or_else(|| {
+            None => free_ports(self, &self.registry.ports_of_jobs(), EngineKind::Fake).next().ok_or_else(|| {
                 let (from, to) = (self.ports.start(), self.ports.end());
                 Error::new(
                     Kind::Conflict,
@@ -151,7 +158,7 @@ impl CloneHost {
             passwords_for: order.passwords_for.clone(),
             keep_expired: order.keep_expired,
             engine_version: backup.engine_version.clone(),
-            facts: backup.engine_facts.clone(),
+            facts: tied_facts(&backup.engine_facts, &order.ties),
             backup_start: backup.start,
             backup_stop: backup.stop,
             archive_command: self.archive_command.clone(),
@@ -227,6 +234,7 @@ impl CloneWork {
         context.record(facts::PORT, place.port.to_string()).await?;
         context.record(facts::DATA_DIR, place.data_dir.display().to_string()).await?;
         context.result("source", format!("{}/{}", source.host, source.instance));
+        context.result("engine", format!("{} {}", source.engine.name(), source.engine_version));
         context.result("target", self.order.target.to_string());
         context.result("data directory", place.data_dir.display().to_string());
         context.result("port", place.port.to_string());
@@ -352,6 +360,11 @@ impl CloneWork {
 
     async fn accept(&self, context: &StepContext) -> Result<()> {
         let (site, _, source, repository) = self.site(context).await?;
+        if !site::is_of(&site.data_dir, context.order.id)? {
+            // It failed here, was undone, and is resumed: it is made again, to the same moment.
+            self.recover(context).await?;
+            self.clean_up(context).await?;
+        }
         if context.fact(facts::BEGAN_AT).is_none() {
             context.record(facts::BEGAN_AT, self.host.clock.now().to_string()).await?;
         }
@@ -452,6 +465,44 @@ fn bare_site(host: &CloneHost, grower: &Grower, order: &CloneOrder, data_dir: &s
         backup_stop: nowhere,
         archive_command: String::new(),
     }
+}
+
+/// What a backup says, and what its group tells the clone. What begins like the group's words is the group's alone.
+fn tied_facts(backup: &BTreeMap<String, String>, ties: &BTreeMap<String, String>) -> BTreeMap<String, String> {
+    let is_tie = |key: &str| key.starts_with(TIE_PREFIX);
+    let own = backup.iter().filter(|(key, _)| !is_tie(key));
+    let told = ties.iter().filter(|(key, _)| is_tie(key));
+    own.chain(told).map(|(key, value)| (key.clone(), value.clone())).collect()
+}
+
+/// Enough of the site of an accepted clone, made by an order that chose its port, to ask its server something.
+pub(super) fn serving_site(host: &CloneHost, engine: EngineKind, order: &CloneOrder) -> Result<CloneSite> {
+    let place = host.place(order)?;
+    let site = bare_site(host, host.grower(engine)?, order, &place.data_dir);
+    Ok(CloneSite { facts: tied_facts(&BTreeMap::new(), &order.ties), ..site })
+}
+
+/// The ports of this host that a clone may get, without those of instances, those in use, and those in `taken`. A server of
+/// Redis may be a node of a cluster, which has a second port: the first are those where both are free.
+pub(super) fn free_ports<'a>(
+    host: &'a CloneHost,
+    taken: &[u16],
+    engine: EngineKind,
+) -> impl Iterator<Item = u16> + use<'a> {
+    let of_instances = host.registry.places().into_iter().map(|place| place.port);
+    let taken: Vec<u16> = taken.iter().copied().chain(of_instances).collect();
+    let is_free = move |port: &u16| !taken.contains(port) && check::port_is_free(*port);
+    let is_redis = engine == EngineKind::Redis;
+    let has_bus =
+        move |port: &u16| !is_redis || port.checked_add(CLUSTER_BUS_PORT_OFFSET).is_some_and(check::port_is_free);
+    let both = host.ports.clone().filter(is_free.clone()).filter(has_bus);
+    both.chain(host.ports.clone().filter(is_free))
+}
+
+/// The ports that clones have whose jobs are not over: nobody listens there yet.
+pub fn ports_of_jobs(runner: &JobRunner) -> Vec<u16> {
+    let live = runner.list().into_iter().filter(|job| matches!(job.state, JobState::Running | JobState::Held));
+    live.filter_map(|job| runner.facts(job.order.id).ok()?.get(facts::PORT)?.parse().ok()).collect()
 }
 
 /// Every error of a clone begins with what could not be done, and ends with what can be.

@@ -51,6 +51,11 @@ pub trait InstanceRegistry: Send + Sync {
     /// All instances, configured ones and accepted clones.
     fn places(&self) -> Vec<TakenPlace>;
 
+    /// The ports of clones that are being made: nobody listens there yet. None, and so the default, where nobody counts.
+    fn ports_of_jobs(&self) -> Vec<u16> {
+        Vec::new()
+    }
+
     /// Adds a clone, durably, and begins to archive it under its own incarnation. Repeating it with the same value is
     /// harmless; another instance of the same name is a `Conflict`.
     async fn register(&self, instance: NewInstance) -> Result<()>;

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Error, Kind, Result};
 use crate::model::backup::BackupKind;
 use crate::model::check::{CheckItem, Verdict};
+use crate::model::group::GroupOrder;
 use crate::model::id::{BackupId, JobId};
 use crate::model::job::{CloneOrder, Order, ProgressUnit, Task};
 use crate::model::position::{Lsn, Position};
@@ -239,6 +240,15 @@ pub enum TaskRecord {
         passwords_for: BTreeSet<String>,
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         keep_expired: bool,
+        #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+        ties: BTreeMap<String, String>,
+    },
+    CloneGroup {
+        group: String,
+        clone_name: String,
+        sources: Vec<String>,
+        target: TargetRecord,
+        hold: bool,
     },
 }
 
@@ -255,6 +265,37 @@ pub enum TargetRecord {
     BeforeTransaction(String),
 }
 
+impl From<&Target> for TargetRecord {
+    fn from(target: &Target) -> TargetRecord {
+        match target {
+            Target::Latest => TargetRecord::Latest,
+            Target::Time(instant) => TargetRecord::Time(Instant(*instant)),
+            Target::Lsn(lsn) => TargetRecord::Lsn(lsn.to_string()),
+            Target::Position(position) => TargetRecord::Position(position.to_string()),
+            Target::Transaction { id, included: true } => TargetRecord::UpToTransaction(id.clone()),
+            Target::Transaction { id, included: false } => TargetRecord::BeforeTransaction(id.clone()),
+            Target::Name(name) => TargetRecord::Name(name.clone()),
+            Target::Backup(id) => TargetRecord::Backup(id.to_string()),
+        }
+    }
+}
+
+impl TargetRecord {
+    /// The target as a value; text that is no position or backup is an error.
+    fn to_target(&self) -> Result<Target> {
+        Ok(match self {
+            TargetRecord::Latest => Target::Latest,
+            TargetRecord::Time(instant) => Target::Time(instant.0),
+            TargetRecord::Lsn(text) => Target::Lsn(Lsn::parse(text)?),
+            TargetRecord::Position(text) => Target::Position(Position::parse(text)?),
+            TargetRecord::UpToTransaction(id) => Target::Transaction { id: id.clone(), included: true },
+            TargetRecord::BeforeTransaction(id) => Target::Transaction { id: id.clone(), included: false },
+            TargetRecord::Name(name) => Target::Name(name.clone()),
+            TargetRecord::Backup(text) => Target::Backup(BackupId::parse(text)?),
+        })
+    }
+}
+
 impl From<&Order> for OrderRecord {
     fn from(order: &Order) -> OrderRecord {
         let task = match &order.task {
@@ -264,22 +305,21 @@ impl From<&Order> for OrderRecord {
             Task::Clone(clone) => TaskRecord::Clone {
                 source: clone.source.clone(),
                 clone_name: clone.clone_name.clone(),
-                target: match &clone.target {
-                    Target::Latest => TargetRecord::Latest,
-                    Target::Time(instant) => TargetRecord::Time(Instant(*instant)),
-                    Target::Lsn(lsn) => TargetRecord::Lsn(lsn.to_string()),
-                    Target::Position(position) => TargetRecord::Position(position.to_string()),
-                    Target::Transaction { id, included: true } => TargetRecord::UpToTransaction(id.clone()),
-                    Target::Transaction { id, included: false } => TargetRecord::BeforeTransaction(id.clone()),
-                    Target::Name(name) => TargetRecord::Name(name.clone()),
-                    Target::Backup(id) => TargetRecord::Backup(id.to_string()),
-                },
+                target: TargetRecord::from(&clone.target),
                 data_dir: clone.data_dir.clone(),
                 port: clone.port,
                 settings: clone.settings.clone(),
                 hold: clone.hold,
                 passwords_for: clone.passwords_for.clone(),
                 keep_expired: clone.keep_expired,
+                ties: clone.ties.clone(),
+            },
+            Task::CloneGroup(group) => TaskRecord::CloneGroup {
+                group: group.group.clone(),
+                clone_name: group.clone_name.clone(),
+                sources: group.sources.clone(),
+                target: TargetRecord::from(&group.target),
+                hold: group.hold,
             },
         };
         OrderRecord { id: order.id.to_string(), by: order.by.clone(), task }
@@ -304,25 +344,25 @@ impl OrderRecord {
                 hold,
                 passwords_for,
                 keep_expired,
+                ties,
             } => Task::Clone(CloneOrder {
                 source: source.clone(),
                 clone_name: clone_name.clone(),
-                target: match target {
-                    TargetRecord::Latest => Target::Latest,
-                    TargetRecord::Time(instant) => Target::Time(instant.0),
-                    TargetRecord::Lsn(text) => Target::Lsn(Lsn::parse(text)?),
-                    TargetRecord::Position(text) => Target::Position(Position::parse(text)?),
-                    TargetRecord::UpToTransaction(id) => Target::Transaction { id: id.clone(), included: true },
-                    TargetRecord::BeforeTransaction(id) => Target::Transaction { id: id.clone(), included: false },
-                    TargetRecord::Name(name) => Target::Name(name.clone()),
-                    TargetRecord::Backup(text) => Target::Backup(BackupId::parse(text)?),
-                },
+                target: target.to_target()?,
                 data_dir: data_dir.clone(),
                 port: *port,
                 settings: settings.clone(),
                 hold: *hold,
                 passwords_for: passwords_for.clone(),
                 keep_expired: *keep_expired,
+                ties: ties.clone(),
+            }),
+            TaskRecord::CloneGroup { group, clone_name, sources, target, hold } => Task::CloneGroup(GroupOrder {
+                group: group.clone(),
+                clone_name: clone_name.clone(),
+                sources: sources.clone(),
+                target: target.to_target()?,
+                hold: *hold,
             }),
         };
         Ok(Order { id: JobId::parse(&self.id)?, by: self.by.clone(), task })
@@ -378,10 +418,18 @@ mod tests {
                 hold: true,
                 passwords_for: ["app".into()].into(),
                 keep_expired: true,
+                ties: [("tie.table".into(), "a\nb".into())].into(),
             })
         };
+        let group = Task::CloneGroup(GroupOrder {
+            group: "shop".into(),
+            clone_name: "check".into(),
+            sources: vec!["orders".into(), "b/cart".into()],
+            target: Target::Time("2026-11-21T09:59:00Z".parse().unwrap()),
+            hold: true,
+        });
         let backup = Task::Backup { instance: "orders".into(), kind: BackupKind::Manual };
-        let tasks = targets.map(clone).into_iter().chain([backup]);
+        let tasks = targets.map(clone).into_iter().chain([backup, group]);
         tasks.map(|task| Order { id: JobId::fresh(), by: "operator:ann".into(), task }).collect()
     }
 

@@ -20,8 +20,9 @@ use crate::job::records::{FORMAT, Instant, OrderRecord, Record, StepRecord};
 use crate::job::restart::{Next, decide};
 use crate::job::step::Live;
 use crate::job::{Restart, UndoCause, Work, Workshop, secrets};
+use crate::model::group::member_ids;
 use crate::model::id::JobId;
-use crate::model::job::{JobReport, JobState, Order, StepState, Task};
+use crate::model::job::{JobReport, JobState, Order, StepState};
 use crate::model::password::Passwords;
 
 /// Limits of a runner.
@@ -167,7 +168,7 @@ impl JobRunner {
             return same_order(&job.live.history().report, &order);
         }
         let work = self.inner.workshop.work(&order)?;
-        self.refuse_rivals(order.id, work.as_ref())?;
+        self.refuse_rivals(&order, work.as_ref())?;
         self.forget_old().await;
         let steps = work.steps();
         let first = Record::Ordered {
@@ -269,7 +270,7 @@ impl JobRunner {
             }
         }
         let work = self.inner.workshop.work(&report.order)?;
-        self.refuse_rivals(id, work.as_ref())?;
+        self.refuse_rivals(&report.order, work.as_ref())?;
         let failed = report.steps.iter().position(|step| step.state != StepState::Done).unwrap_or(0);
         let from = match work.after_interruption(&report.steps[failed].name) {
             Restart::Again => failed,
@@ -287,6 +288,31 @@ impl JobRunner {
         let work = self.inner.workshop.work(&report.order)?;
         let next = report.steps.iter().position(|step| step.state != StepState::Done).unwrap_or(0);
         self.go_on(&job, work, next, true).await
+    }
+
+    /// Opens a clone of a group, by its job. One that was opened already, or has failed, is answered as it stands.
+    pub async fn accept_member(&self, id: JobId) -> Result<JobReport> {
+        let _desk = self.inner.desk.lock().await;
+        let job = self.need(id)?;
+        let report = job.report();
+        match report.state {
+            JobState::Held => {
+                let work = self.inner.workshop.work(&report.order)?;
+                let next = report.steps.iter().position(|step| step.state != StepState::Done).unwrap_or(0);
+                self.go_on(&job, work, next, true).await
+            }
+            JobState::Running | JobState::Done | JobState::Failed => Ok(report),
+            JobState::Cancelled => {
+                Err(Error::new(Kind::Conflict, format!("cannot accept job '{id}': it was discarded"))
+                    .hint("give the order of the group again to begin anew"))
+            }
+        }
+    }
+
+    /// The job of the group that gave this order and has not been decided about yet, if there is one.
+    pub fn group_of(&self, id: JobId) -> Option<JobReport> {
+        let is_live = |report: &JobReport| !matches!(report.state, JobState::Done | JobState::Cancelled);
+        self.list().into_iter().find(|report| is_live(report) && member_ids(&report.order).contains(&id))
     }
 
     /// Deletes a clone that was not accepted, with its directory.
@@ -326,12 +352,15 @@ impl JobRunner {
         job.live.open_with(move || JobLog::reopen(&directory, id)).await
     }
 
-    /// An error if a job that is not over uses something that this one wants for itself.
-    fn refuse_rivals(&self, id: JobId, work: &dyn Work) -> Result<()> {
+    /// An error if a job that is not over uses something that this one wants for itself. A group and its members want the
+    /// same.
+    fn refuse_rivals(&self, order: &Order, work: &dyn Work) -> Result<()> {
         let wanted = work.exclusive();
+        let own_members = member_ids(order);
         for other in self.all() {
             let report = other.report();
-            if other.id == id || other.live.history().is_over() {
+            let is_kin = own_members.contains(&other.id) || member_ids(&report.order).contains(&order.id);
+            if other.id == order.id || is_kin || other.live.history().is_over() {
                 continue;
             }
             let Ok(rival) = self.inner.workshop.work(&report.order) else { continue };
@@ -359,10 +388,7 @@ impl JobRunner {
 
     fn clone_job(&self, clone_name: &str, verb: &str, states: &[JobState]) -> Result<Arc<Job>> {
         let mut jobs: Vec<Arc<Job>> = self.all();
-        jobs.retain(|job| match &job.live.history().report.order.task {
-            Task::Clone(clone) => clone.clone_name == clone_name,
-            Task::Backup { .. } => false,
-        });
+        jobs.retain(|job| job.live.history().report.order.task.clone_name() == Some(clone_name));
         jobs.sort_by_key(|job| std::cmp::Reverse(job.live.history().report.began_at));
         if let Some(job) = jobs.iter().find(|job| states.contains(&job.live.history().report.state)) {
             return Ok(job.clone());
@@ -416,7 +442,7 @@ fn forget(directory: &Path, id: JobId) -> Result<()> {
 fn forgettable(job: &Job) -> Option<(jiff::Timestamp, JobId)> {
     let history = job.live.history();
     let report = &history.report;
-    let keeps_a_directory = report.state == JobState::Failed && matches!(report.order.task, Task::Clone(_));
+    let keeps_a_directory = report.state == JobState::Failed && report.order.task.clone_name().is_some();
     (history.is_over() && !keeps_a_directory).then_some((report.began_at, job.id))
 }
 

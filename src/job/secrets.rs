@@ -34,7 +34,7 @@ fn path_of(directory: &Path, id: JobId) -> PathBuf {
 pub fn check(order: &Order, passwords: &Passwords) -> Result<()> {
     let wanted = match &order.task {
         Task::Clone(clone) => clone.passwords_for.iter().collect(),
-        Task::Backup { .. } => Vec::new(),
+        Task::CloneGroup(_) | Task::Backup { .. } => Vec::new(),
     };
     if wanted.iter().copied().eq(passwords.keys()) {
         return Ok(());

@@ -43,6 +43,15 @@ macro_rules! uuid_id {
 uuid_id!(/** One life of an instance's data directory. */ IncarnationId, "an incarnation");
 uuid_id!(/** A repository, given when it is initialised. */ RepositoryId, "a repository");
 uuid_id!(/** One backup, job or order: a job carries the id of the order that began it. */ JobId, "a job");
+impl JobId {
+    /// The id of an order that this one gives; `number` is its own among them and not 0. Always the same, so that giving it
+    /// again is harmless.
+    pub fn sibling(self, number: u8) -> JobId {
+        // 62 of the last bits of an id are random (RFC 9562, version 7), so nothing else has the neighbour of one.
+        JobId(uuid::Uuid::from_u128(self.0.as_u128() ^ u128::from(number)))
+    }
+}
+
 uuid_id!(/** A pack of frames. */ PackId, "a pack");
 uuid_id!(/** One run of an agent process. */ RunId, "an agent's run");
 

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use jiff::Timestamp;
 
 use crate::model::backup::BackupKind;
+use crate::model::group::GroupOrder;
 use crate::model::id::JobId;
 use crate::model::target::Target;
 
@@ -21,6 +22,18 @@ pub struct Order {
 pub enum Task {
     Backup { instance: String, kind: BackupKind },
     Clone(CloneOrder),
+    CloneGroup(GroupOrder),
+}
+
+impl Task {
+    /// The name that the clone, or the group of clones, gets; none for other work.
+    pub fn clone_name(&self) -> Option<&str> {
+        match self {
+            Task::Backup { .. } => None,
+            Task::Clone(order) => Some(&order.clone_name),
+            Task::CloneGroup(order) => Some(&order.clone_name),
+        }
+    }
 }
 
 /// A request to grow a clone on the host that receives it.
@@ -42,6 +55,9 @@ pub struct CloneOrder {
     pub passwords_for: BTreeSet<String>,
     /// Keys that have expired since the target stay in the clone, of engines that have such keys.
     pub keep_expired: bool,
+    /// What the group that it belongs to tells it of the other members, as facts beside those of the backup, each with
+    /// `group::TIE_PREFIX`. Made by the agent that grows the group, never taken from another agent or a person.
+    pub ties: BTreeMap<String, String>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -160,13 +160,17 @@ enum Need<'r> {
     LocalAdmin,
     /// To be on this host.
     Local,
-    /// A rule, for the named instance where there is one.
-    Rule(Permission, Option<&'r str>),
+    /// Rules, for each of the named instances where there are any.
+    Rule(Permission, Vec<&'r str>),
+}
+
+/// One permission, for an instance where there is one, and what asking for it is called in a refusal.
+fn rule<'r>(permission: Permission, instance: Option<&'r String>, what: &'static str) -> (Need<'r>, &'static str) {
+    (Need::Rule(permission, instance.map(String::as_str).into_iter().collect()), what)
 }
 
 /// What each request needs, and what it is called in a refusal.
 fn need(request: &Request) -> (Need<'_>, &'static str) {
-    let rule = |permission, instance, what| (Need::Rule(permission, instance), what);
     match request {
         Request::Hello => (Need::Acquaintance, "ask for its name"),
         Request::Status => rule(Permission::Status, None, "see the status"),
@@ -178,6 +182,10 @@ fn need(request: &Request) -> (Need<'_>, &'static str) {
         Request::Submit { order, .. } | Request::Check { order } => match &order.task {
             Task::Backup { instance, .. } => rule(Permission::Backup, Some(instance), "order a backup"),
             Task::Clone(clone) => rule(Permission::Clone, Some(&clone.source), "order a clone"),
+            Task::CloneGroup(group) => {
+                let sources = group.sources.iter().map(String::as_str).collect();
+                (Need::Rule(Permission::Clone, sources), "order a clone")
+            }
         },
         Request::CancelJob { .. } => rule(Permission::Job, None, "cancel a job"),
         Request::ResumeJob { .. } => rule(Permission::Job, None, "resume a job"),
@@ -213,11 +221,15 @@ pub fn decide(caller: &Caller, request: &Request, rules: &[AllowRule]) -> Result
             Err(Error::new(Kind::Forbidden, format!("'{caller}' may not {what} from another host"))
                 .hint("this can be done on the host itself only"))
         }
-        (Caller::Host(_) | Caller::Operator(_), Need::Rule(permission, instance)) => {
-            if rules.iter().any(|rule| allows(rule, caller, permission, instance)) {
-                return Ok(());
+        (Caller::Host(_) | Caller::Operator(_), Need::Rule(permission, instances)) => {
+            let is_allowed = |instance| rules.iter().any(|rule| allows(rule, caller, permission, instance));
+            if instances.is_empty() && !is_allowed(None) {
+                return Err(refusal(caller, permission, None, what));
             }
-            Err(refusal(caller, permission, instance, what))
+            match instances.into_iter().find(|instance| !is_allowed(Some(*instance))) {
+                Some(refused) => Err(refusal(caller, permission, Some(refused), what)),
+                None => Ok(()),
+            }
         }
     }
 }

@@ -8,6 +8,7 @@ use crate::error::Error;
 use crate::model::backup::Backup;
 use crate::model::check::CheckItem;
 use crate::model::cost::{Prices, Reading};
+use crate::model::group::Group;
 use crate::model::id::{IncarnationId, JobId, RepositoryId};
 use crate::model::inventory::Inventory;
 use crate::model::job::{JobReport, Order};
@@ -189,6 +190,8 @@ pub struct HostStatus {
     pub repository_error: Option<Error>,
     pub instances: Vec<InstanceStatus>,
     pub peers: Vec<PeerFacts>,
+    /// The groups of the configuration of that host.
+    pub groups: Vec<Group>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -189,6 +189,7 @@ fn clone_order(name: &str, target: Target) -> Order {
         hold: false,
         passwords_for: Default::default(),
         keep_expired: false,
+        ties: BTreeMap::new(),
     });
     Order { id: JobId::fresh(), by: "operator:ann".into(), task }
 }
@@ -308,6 +309,7 @@ impl Workshop for Shop {
         let inner: Arc<dyn Work> = match &order.task {
             Task::Backup { kind, .. } => Arc::new(BackupWork::new(self.backup.clone(), *kind, 2)),
             Task::Clone(clone) => Arc::new(CloneWork::new(self.host.clone(), clone.clone())?),
+            Task::CloneGroup(_) => unreachable!("no test here orders a group"),
         };
         Ok(Arc::new(Mortal { inner, death: self.death.clone() }))
     }

@@ -8,6 +8,7 @@ mod catalogue_scale;
 mod story_cost;
 mod engine_contract;
 mod story_fencing;
+mod story_group;
 mod story_held;
 mod story_schedule;
 mod jobs_fake;

@@ -20,6 +20,8 @@ pub struct RawConfig {
     #[serde(default)]
     pub instance: Vec<RawInstance>,
     #[serde(default)]
+    pub group: Vec<RawGroup>,
+    #[serde(default)]
     pub clone: RawClone,
     #[serde(default)]
     pub allow: Vec<RawAllow>,
@@ -115,6 +117,13 @@ pub struct RawBackup {
     pub schedule: Spanned<OneOrMany>,
     pub keep_for: Option<Text>,
     pub keep_at_least: Option<Number>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RawGroup {
+    pub name: Text,
+    pub members: Spanned<Vec<String>>,
 }
 
 /// One text, or a list of them.

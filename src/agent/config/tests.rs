@@ -363,6 +363,50 @@ fn names_that_appear_twice_are_refused_with_both_lines() {
 }
 
 #[test]
+fn a_group_has_two_members_or_more_each_once_and_a_name_of_its_own() {
+    let group =
+        |name: &str, members: &str| format!("{SMALL}{INSTANCE}[[group]]\nname = \"{name}\"\nmembers = [{members}]\n");
+    let groups = parse(&group("shop", "\"orders\", \"b/cart\", \"stock@c\"")).unwrap().groups;
+    assert_eq!(groups[0].name, "shop");
+    assert_eq!(groups[0].members, ["orders", "b/cart", "c/stock"]);
+    insta::assert_snapshot!(
+        refusal(&group("shop", "\"orders\"")),
+        @r#"
+    line 11, key 'group.members': a group of 1 is none: it has 2 to 64 members
+    hint: name the instances as 'keiki instances' shows them, as in ["orders", "db2/cart"]
+    "#
+    );
+    insta::assert_snapshot!(
+        refusal(&group("shop", "\"b/orders\", \"orders@b\"")),
+        @r#"
+    line 11, key 'group.members': 'b/orders' is a member twice
+    hint: name it once
+    "#
+    );
+    insta::assert_snapshot!(
+        refusal(&group("orders", "\"orders\", \"cart\"")),
+        @r#"
+    line 10, key 'group.name': 'orders' is the name of an instance
+    hint: 'keiki clone' takes either: choose another name
+    "#
+    );
+    insta::assert_snapshot!(
+        refusal(&format!("{}[[group]]\nname = \"shop\"\nmembers = [\"a\", \"b\"]\n", group("shop", "\"a\", \"b\""))),
+        @r#"
+    line 13, key 'group.name': 'shop' is there already, in line 10
+    hint: the sample 'config/keiki.toml', in packages '/etc/keiki/keiki.toml', explains every key
+    "#
+    );
+    insta::assert_snapshot!(
+        refusal(&group("shop", "\"orders\", \"../x\"")),
+        @r#"
+    line 11, key 'group.members': '..' cannot be the name of an instance
+    hint: use 1 to 63 letters, digits, '-' or '_', beginning with a letter or a digit
+    "#
+    );
+}
+
+#[test]
 fn other_hosts_need_certificates_names_and_addresses() {
     insta::assert_snapshot!(
         refusal(&format!("{SMALL}[listen]\naddress = \"0.0.0.0:7420\"\n")),
@@ -513,6 +557,7 @@ fn the_sample_file_shows_exactly_the_keys_that_exist() {
         ("peer", "[[peer]]\n?"),
         ("instance", "[[instance]]\n?"),
         ("instance.backup", "[[instance]]\n[instance.backup]\n?"),
+        ("group", "[[group]]\n?"),
         ("clone", "[clone]\n?"),
         ("clone.mariadb", "[clone.mariadb]\n?"),
         ("clone.redis", "[clone.redis]\n?"),

@@ -6,6 +6,7 @@ use crate::error::Error;
 use crate::model::backup::{Backup, BackupKind};
 use crate::model::check::{CheckItem, Verdict};
 use crate::model::cost::{CostLine, Prices, RequestKind, Usage, monthly};
+use crate::model::group::Group;
 use crate::model::id::IncarnationId;
 use crate::model::inventory::Total;
 use crate::model::job::{JobReport, JobState, ProgressUnit, StepReport, StepState, Task};
@@ -38,6 +39,10 @@ pub fn job(report: &JobReport) -> Value {
             "kind": "clone", "source": order.source, "name": order.clone_name, "target": order.target.to_string(),
             "data_dir": order.data_dir, "port": order.port, "settings": order.settings, "hold": order.hold,
             "passwords_for": order.passwords_for, "keep_expired": order.keep_expired,
+        }),
+        Task::CloneGroup(order) => json!({
+            "kind": "clone-group", "group": order.group, "name": order.clone_name, "sources": order.sources,
+            "members": order.member_names(), "target": order.target.to_string(), "hold": order.hold,
         }),
     };
     json!({
@@ -134,8 +139,13 @@ pub fn host_status(status: &HostStatus) -> Value {
         "repository": status.repository,
         "repository_error": status.repository_error.as_ref().map(error),
         "instances": status.instances.iter().map(instance).collect::<Vec<_>>(),
+        "groups": groups(&status.groups),
         "peers": status.peers.iter().map(|peer| json!({ "name": peer.name, "address": peer.address })).collect::<Vec<_>>(),
     })
+}
+
+pub fn groups(groups: &[Group]) -> Value {
+    Value::Array(groups.iter().map(|group| json!({ "name": group.name, "members": group.members })).collect())
 }
 
 pub fn repository(facts: &RepositoryFacts) -> Value {

@@ -7,11 +7,12 @@ use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
 use crate::cli::Outcome;
 use crate::cli::connection::{Connection, expect_response};
-use crate::cli::output::{checks, error, json};
+use crate::cli::group;
+use crate::cli::output::{checks, error};
 use crate::error::Result;
 use crate::model::bytes_text::human_bytes;
 use crate::model::id::JobId;
-use crate::model::job::{JobReport, JobState, ProgressUnit, StepReport, StepState, Task};
+use crate::model::job::{JobReport, JobState, ProgressUnit, StepReport, StepState};
 use crate::peer::api::{Request, Response};
 
 /// How often the agent is asked. Cheap: it answers from memory.
@@ -30,7 +31,8 @@ pub async fn follow(agent: &Connection, host: Option<&str>, id: JobId, as_json: 
     loop {
         let answer = agent.ask_host(host, Request::ShowJob { id }).await?;
         let report = expect_response!(answer, "show job", Response::Job(report) => report);
-        view.show(&report);
+        let members = group::members_of(agent, host, &report).await?;
+        view.show(&group::with_steps_of_members(&report, &members));
         // Early, while there is time to cancel: what is missing from a clone may not be seen later.
         if !warned && let Some(warnings) = checks::warnings(&report.checks) {
             view.say(&warnings);
@@ -38,9 +40,9 @@ pub async fn follow(agent: &Connection, host: Option<&str>, id: JobId, as_json: 
         }
         if report.state != JobState::Running {
             view.end();
-            let outcome = print_end(&report, as_json);
-            if let (JobState::Held, Task::Clone(order), false) = (report.state, &report.order.task, as_json) {
-                println!("{}", held_text(&order.clone_name, host));
+            let outcome = print_end(&report, &members, as_json);
+            if let (JobState::Held, Some(name), false) = (report.state, report.order.task.clone_name(), as_json) {
+                println!("{}", held_text(name, host));
             }
             return Ok(outcome);
         }
@@ -54,20 +56,26 @@ fn held_text(clone: &str, host: Option<&str>) -> String {
     format!("next: 'keiki accept {clone}{on}' opens it, 'keiki discard {clone}{on}' deletes it")
 }
 
-/// Prints the results of a job that has ended; bad unless it is done or held.
-pub fn print_end(report: &JobReport, as_json: bool) -> Outcome {
+/// Prints the results of a job that has ended, with those of its members if it is that of a group; bad unless it is done
+/// or held.
+pub fn print_end(report: &JobReport, members: &[JobReport], as_json: bool) -> Outcome {
     let good = matches!(report.state, JobState::Done | JobState::Held);
     if as_json {
-        println!("{}", json::job(report));
+        println!("{}", group::json_of(report, members));
     } else {
         if report.state == JobState::Failed
             && report.checks.iter().any(|item| item.verdict == crate::model::check::Verdict::Fail)
         {
             anstream::eprintln!("{}", checks::text(&report.checks));
         }
-        let width = report.results.iter().map(|(name, _)| name.chars().count()).max().unwrap_or(0);
-        for (name, value) in &report.results {
+        let is_in_table = |name: &str| members.iter().any(|member| member.order.task.clone_name() == Some(name));
+        let results: Vec<_> = report.results.iter().filter(|(name, _)| !is_in_table(name)).collect();
+        let width = results.iter().map(|(name, _)| name.chars().count()).max().unwrap_or(0);
+        for (name, value) in results {
             println!("{name:width$}  {value}");
+        }
+        if !members.is_empty() {
+            println!("{}", group::table_of(members));
         }
         if let Some(cause) = &report.error {
             error::print(cause, false);

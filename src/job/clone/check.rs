@@ -26,6 +26,8 @@ pub struct Checked {
     pub items: Vec<CheckItem>,
     /// What the clone is made from, unless the target cannot be reached.
     pub choice: Option<Choice>,
+    /// Log that lies in the clone beside its data, at most.
+    pub log_bytes: u64,
     /// Where the log ends that the clone may read, if somebody is adding to it: what is there behind that may have gaps
     /// that are being filled.
     pub log_end: Option<Position>,
@@ -109,7 +111,7 @@ pub async fn check(
                 }
                 Err(error) => vec![failed("server programs", &error)],
             });
-            Ok(Checked { items, choice: Some(choice), log_end, refusal: None })
+            Ok(Checked { items, choice: Some(choice), log_bytes, log_end, refusal: None })
         }
         Err(refusal) => {
             items.push(CheckItem::fail(
@@ -117,7 +119,7 @@ pub async fn check(
                 refusal.message(),
                 refusal.hint_text().unwrap_or("see 'keiki window'"),
             ));
-            Ok(Checked { items, choice: None, log_end: None, refusal: Some(refusal) })
+            Ok(Checked { items, choice: None, log_bytes: 0, log_end: None, refusal: Some(refusal) })
         }
     }
 }

@@ -12,7 +12,7 @@ use super::*;
 use crate::base::clock::ManualClock;
 use crate::job::{StepContext, StepPlan};
 use crate::model::backup::BackupKind;
-use crate::model::job::CloneOrder;
+use crate::model::job::{CloneOrder, Task};
 use crate::model::password::Password;
 use crate::model::target::Target;
 
@@ -110,6 +110,7 @@ impl Workshop for Shop {
             }
             Task::Backup { instance, .. } => (instance.clone(), false),
             Task::Clone(clone) => (clone.clone_name.clone(), true),
+            Task::CloneGroup(group) => (group.clone_name.clone(), true),
         };
         Ok(Arc::new(Toy { script: self.0.clone(), instance, hold }))
     }
@@ -131,6 +132,7 @@ fn clone(name: &str) -> Order {
         hold: true,
         passwords_for: Default::default(),
         keep_expired: false,
+        ties: BTreeMap::new(),
     });
     Order { id: JobId::fresh(), by: "local:root".into(), task }
 }

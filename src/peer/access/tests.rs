@@ -5,6 +5,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::model::backup::BackupKind;
 use crate::model::engine_kind::EngineKind;
+use crate::model::group::GroupOrder;
 use crate::model::id::JobId;
 use crate::model::job::{CloneOrder, Order};
 use crate::model::target::Target;
@@ -34,9 +35,34 @@ fn clone_of(source: &str) -> Request {
         hold: false,
         passwords_for: Default::default(),
         keep_expired: false,
+        ties: Default::default(),
     };
     let order = Order { id: JobId::fresh(), by: String::new(), task: Task::Clone(clone) };
     Request::Submit { order, passwords: Default::default() }
+}
+
+fn group_of(sources: &[&str]) -> Request {
+    let group = GroupOrder {
+        group: "shop".into(),
+        clone_name: "copy".into(),
+        sources: sources.iter().map(|source| source.to_string()).collect(),
+        target: Target::Latest,
+        hold: false,
+    };
+    let order = Order { id: JobId::fresh(), by: String::new(), task: Task::CloneGroup(group) };
+    Request::Submit { order, passwords: Default::default() }
+}
+
+#[test]
+fn a_group_may_be_cloned_by_whoever_may_clone_each_of_its_members() {
+    let one = rule("operator:*", &[Permission::Clone], &["orders"]);
+    let other = rule("operator:ann", &[Permission::Clone], &["cart*"]);
+    let group = group_of(&["orders", "b/cart"]);
+    decide(&ann(), &group, &[one.clone(), other.clone()]).unwrap();
+    let refused = decide(&ann(), &group, std::slice::from_ref(&one)).unwrap_err();
+    assert!(refused.message().contains("'b/cart'"), "{refused}");
+    assert!(decide(&ann(), &group, &[other]).is_err());
+    assert!(decide(&ann(), &group_of(&[]), &[]).is_err());
 }
 
 fn backup_of(instance: &str) -> Request {
@@ -53,6 +79,7 @@ fn every_request() -> Vec<Request> {
         Request::Status,
         Request::Doctor,
         clone_of("orders"),
+        group_of(&["orders", "b/cart"]),
         backup_of("orders"),
         Request::ListJobs,
         Request::ShowJob { id },

@@ -8,6 +8,7 @@ use super::noun::{
 use super::repository::{WireRepositoryCost, WireRepositoryFacts};
 use super::{FRAME_BYTES_MAX, Twin, encoded_bytes};
 use crate::error::{Error, Kind, Result};
+use crate::model::group::Group;
 use crate::peer::api::{HostStatus, InstanceState, InstanceStatus, ObjectFacts, PeerFacts, Response};
 
 /// One message of an answer.
@@ -72,6 +73,7 @@ pub struct WireHostStatus {
     repository_error: Option<WireError>,
     instances: Vec<WireInstanceStatus>,
     peers: Vec<(String, String)>,
+    groups: Vec<(String, Vec<String>)>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -148,6 +150,7 @@ impl Twin for HostStatus {
             repository_error: self.repository_error.to_wire(),
             instances: self.instances.to_wire(),
             peers: self.peers.iter().map(|peer| (peer.name.clone(), peer.address.clone())).collect(),
+            groups: self.groups.iter().map(|group| (group.name.clone(), group.members.clone())).collect(),
         }
     }
 
@@ -161,6 +164,7 @@ impl Twin for HostStatus {
             repository_error: Twin::from_wire(wire.repository_error)?,
             instances: Twin::from_wire(wire.instances)?,
             peers: wire.peers.into_iter().map(|(name, address)| PeerFacts { name, address }).collect(),
+            groups: wire.groups.into_iter().map(|(name, members)| Group { name, members }).collect(),
         })
     }
 }

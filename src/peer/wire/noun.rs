@@ -9,6 +9,7 @@ use super::Twin;
 use crate::error::{Error, Kind, Result};
 use crate::model::backup::{Backup, BackupKind};
 use crate::model::check::{CheckItem, Verdict};
+use crate::model::group::GroupOrder;
 use crate::model::id::{BackupId, IncarnationId, JobId};
 use crate::model::job::{CloneOrder, JobReport, JobState, Order, ProgressUnit, StepReport, StepState, Task};
 use crate::model::position::{Lsn, Position};
@@ -205,6 +206,7 @@ pub struct WireOrder {
 pub enum WireTask {
     Backup { instance: String, kind: WireBackupKind },
     Clone(WireCloneOrder),
+    CloneGroup { group: String, clone_name: String, sources: Vec<String>, target: WireTarget, hold: bool },
 }
 
 #[derive(Serialize, Deserialize)]
@@ -231,6 +233,7 @@ impl Twin for Order {
         let task = match &self.task {
             Task::Backup { instance, kind } => WireTask::Backup { instance: instance.clone(), kind: kind.to_wire() },
             Task::Clone(clone) => {
+                // What ties a clone to its group is between the agent and its own journal: it does not travel.
                 let CloneOrder {
                     source,
                     clone_name,
@@ -241,6 +244,7 @@ impl Twin for Order {
                     hold,
                     passwords_for,
                     keep_expired,
+                    ties: _,
                 } = clone.clone();
                 WireTask::Clone(WireCloneOrder {
                     source,
@@ -253,6 +257,10 @@ impl Twin for Order {
                     passwords_for: passwords_for.into_iter().collect(),
                     keep_expired,
                 })
+            }
+            Task::CloneGroup(order) => {
+                let GroupOrder { group, clone_name, sources, target, hold } = order.clone();
+                WireTask::CloneGroup { group, clone_name, sources, target: target.to_wire(), hold }
             }
         };
         WireOrder { id: self.id.to_wire(), by: self.by.clone(), task }
@@ -283,7 +291,11 @@ impl Twin for Order {
                     hold,
                     passwords_for: passwords_for.into_iter().collect(),
                     keep_expired,
+                    ties: BTreeMap::new(),
                 })
+            }
+            WireTask::CloneGroup { group, clone_name, sources, target, hold } => {
+                Task::CloneGroup(GroupOrder { group, clone_name, sources, target: Twin::from_wire(target)?, hold })
             }
         };
         Ok(Order { id: Twin::from_wire(wire.id)?, by: wire.by, task })

@@ -12,6 +12,7 @@ use crate::model::backup::{Backup, BackupKind};
 use crate::model::check::{CheckItem, Verdict};
 use crate::model::cost::{Price, Prices, Reading, Usage};
 use crate::model::engine_kind::EngineKind;
+use crate::model::group::{Group, GroupOrder};
 use crate::model::id::{BackupId, IncarnationId, JobId, RepositoryId};
 use crate::model::incarnation::Incarnation;
 use crate::model::inventory::{Holdings, Inventory, Total};
@@ -109,8 +110,18 @@ fn order() -> impl Strategy<Value = Order> {
                 hold,
                 passwords_for,
                 keep_expired,
+                ties: BTreeMap::new(),
             })
         }),
+        (text(), text(), vec(text(), 0..4), target(), any::<bool>()).prop_map(
+            |(group, clone_name, sources, target, hold)| Task::CloneGroup(GroupOrder {
+                group,
+                clone_name,
+                sources,
+                target,
+                hold
+            })
+        ),
     ];
     (text(), task).prop_map(|(by, task)| Order { id: JobId::fresh(), by, task })
 }
@@ -224,6 +235,7 @@ fn status() -> impl Strategy<Value = HostStatus> {
         });
     (text(), text(), instant(), option::of(error()), vec(instance, 0..3)).prop_map(
         |(host, version, now, repository_error, instances)| HostStatus {
+            groups: vec![Group { name: version.clone(), members: vec![host.clone()] }],
             peers: vec![PeerFacts { name: host.clone(), address: version.clone() }],
             host,
             repository: version.clone(),

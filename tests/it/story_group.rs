@@ -1,0 +1,311 @@
+//! A group of three engines, cloned as one: PostgreSQL, MariaDB and Redis share one ledger, into which every number goes
+//! three times, and clones of the group must hold exactly what was committed in each of them by one moment. They are held,
+//! accepted and discarded as one, also when a member fails or the agent dies in between.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use jiff::Timestamp;
+use keiki::engine::mysql::clone::{ACCOUNT, PASSWORD_FILE, SOCKET_FILE};
+use keiki::engine::mysql::session::{Endpoint, Session};
+use keiki::engine::mysql::source::read_password;
+use serde_json::Value;
+
+use super::support::hosts::{Host, HostOptions, Lab, free_port, instance_section, wait_for};
+use super::support::ledger;
+use super::support::mariadb::MariaServer;
+use super::support::postgres::{TestServer, Version, server_user};
+use super::support::redis::{Client, TestRedis, bin_dir};
+use super::support::two_hosts::{SOON, job, sql_at, try_sql_at};
+
+/// The members' instances, in the order of the ledger.
+const MEMBERS: [&str; 3] = ["orders", "catalogue", "cart"];
+
+/// One number of the ledger: around each of the three commits, in the order of [`MEMBERS`].
+type Entry = [(Timestamp, Timestamp); 3];
+
+struct Scene {
+    a: Host,
+    b: Host,
+    postgres: TestServer,
+    maria: MariaServer,
+    redis: TestRedis,
+    lab: Lab,
+}
+
+impl Scene {
+    /// Three servers on host a, which knows them as group 'shop'; host b is for clones and reaches the repository through a.
+    fn start() -> Scene {
+        let lab = Lab::new();
+        let repository = lab.path("repository");
+        std::fs::create_dir(&repository).unwrap();
+        let user = server_user().name;
+        let postgres = TestServer::start(Version::V15, &[("wal_level", "replica")]);
+        let maria = MariaServer::start(&[]);
+        let redis = TestRedis::start(&[]);
+        let of = |name: &str, engine: &str, data_dir: &Path, socket: &Path| {
+            format!(
+                "[[instance]]\nname = \"{name}\"\nengine = \"{engine}\"\ndata_dir = \"{}\"\nsocket = \"{}\"\n\
+                 run_as = \"{user}\"\nship_every = \"1s\"\n",
+                data_dir.display(),
+                socket.display()
+            )
+        };
+        let sections = [
+            instance_section("orders", &postgres, "ship = \"slot\"\nship_every = \"1s\""),
+            of("catalogue", "mariadb", &maria.data_dir, &maria.socket),
+            of("cart", "redis", &redis.data_dir, &redis.socket),
+            // Every spelling of a member.
+            "[[group]]\nname = \"shop\"\nmembers = [\"orders\", \"a/catalogue\", \"cart@a\"]\n".to_string(),
+        ];
+        let clones = format!(
+            "[clone.mariadb]\nrun_as = \"{user}\"\n[clone.redis]\nrun_as = \"{user}\"\nbin_dir = \"{}\"\n",
+            bin_dir().display()
+        );
+        let (port_a, port_b) = (free_port(), free_port());
+        let options = |name, repository, peers, sections, listen_port| HostOptions {
+            name,
+            repository,
+            peers,
+            sections,
+            listen_port,
+            clone_bin_dir: &postgres.bin_dir,
+        };
+        let url = format!("file://{}", repository.display());
+        let a = Host::start(&lab, &options("a", url, vec![("b", port_b)], sections.concat(), port_a));
+        a.keiki_ok(&["repository", "init"]);
+        let b = Host::start(&lab, &options("b", "peer://a".into(), vec![("a", port_a)], clones, port_b));
+        for name in MEMBERS {
+            wait_for("archiving to begin", SOON, || a.instance(name)["state"] == "archiving");
+        }
+        Scene { a, b, postgres, maria, redis, lab }
+    }
+
+    /// Writes the ledger for a while, with a backup of each member soon after its beginning. What was committed, the first
+    /// whole second that clones can show, and the last.
+    fn write_history(&self, seconds: i64) -> (Vec<Entry>, i64, i64) {
+        let ledger = Ledger::start(self);
+        ledger.wait_for(20);
+        for name in MEMBERS {
+            self.a.keiki_ok(&["backup", "create", name]);
+        }
+        let first = Timestamp::now().as_second() + 1;
+        wait_for("the ledger to grow", SOON, || Timestamp::now().as_second() > first + seconds);
+        let entries = ledger.stop();
+        // Nothing was written in the second that is not over yet.
+        (entries, first, Timestamp::now().as_second())
+    }
+
+    fn clone_dir(&self, group: &str, member: &str) -> PathBuf {
+        self.lab.path("clones-b").join(format!("{group}-{member}"))
+    }
+
+    /// What the ledger of each clone holds, in the order of the members. `ports` are those of the clones.
+    fn found(&self, group: &str, job: &Value) -> [BTreeSet<i64>; 3] {
+        let port = port_of(job, &format!("{group}-orders"));
+        let orders = sql_at(&self.postgres, port, "SELECT n FROM ledger");
+        let run_dir = |member: &str| self.clone_dir(group, member).with_extension("run");
+        let catalogue = block_on(maria_ledger(&run_dir("catalogue")));
+        let cart = Client::open(&run_dir("cart").join("redis.sock")).run(&["LRANGE", "ledger", "0", "-1"]).list();
+        let number = |text: &str| text.parse::<i64>().unwrap();
+        [
+            orders.lines().map(number).collect(),
+            catalogue,
+            cart.into_iter().map(|item| number(std::str::from_utf8(&item.bytes()).unwrap())).collect(),
+        ]
+    }
+}
+
+fn block_on<T>(work: impl Future<Output = T>) -> T {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(work)
+}
+
+async fn maria_ledger(run_dir: &Path) -> BTreeSet<i64> {
+    let endpoint = Endpoint {
+        socket: run_dir.join(SOCKET_FILE),
+        user: ACCOUNT.to_string(),
+        password: Some(read_password(&run_dir.join(PASSWORD_FILE)).unwrap()),
+        run_as: server_user().name,
+    };
+    let session = Session::open(&endpoint).await.unwrap();
+    let rows = session.query_within(SOON, "SELECT n FROM shop.ledger").await.unwrap().rows;
+    rows.into_iter().map(|row| row[0].as_deref().unwrap().parse().unwrap()).collect()
+}
+
+/// The port that a member's job has chosen.
+fn port_of(group_job: &Value, member: &str) -> u16 {
+    let members = group_job["members"].as_array().unwrap();
+    let job = members.iter().find(|job| job["task"]["name"] == member).unwrap_or_else(|| panic!("{group_job:#}"));
+    result(job, "port").parse().unwrap()
+}
+
+/// A line of a job's results.
+fn result(job: &Value, name: &str) -> String {
+    let lines = job["results"].as_array().unwrap();
+    let line = lines.iter().find(|line| line["name"] == name).unwrap_or_else(|| panic!("no '{name}' in {job:#}"));
+    line["value"].as_str().unwrap().to_string()
+}
+
+/// One writer that puts each number into all three servers, one after the other.
+struct Ledger {
+    entries: Arc<Mutex<Vec<Entry>>>,
+    stop: Arc<AtomicBool>,
+    thread: std::thread::JoinHandle<()>,
+}
+
+impl Ledger {
+    fn start(scene: &Scene) -> Ledger {
+        scene.postgres.sql("CREATE TABLE ledger (n bigint PRIMARY KEY)");
+        block_on(async {
+            scene.maria.sql("CREATE DATABASE shop").await;
+            scene.maria.sql("CREATE TABLE shop.ledger (n BIGINT PRIMARY KEY)").await;
+        });
+        let (entries, stop) = (Arc::new(Mutex::new(Vec::new())), Arc::new(AtomicBool::new(false)));
+        let (socket_dir, port) = (scene.postgres.socket_dir.clone(), scene.postgres.port);
+        let (endpoint, socket) = (scene.maria.endpoint(), scene.redis.socket.clone());
+        let (written, stopped) = (entries.clone(), stop.clone());
+        let work = async move {
+            let orders = ledger::connect(&socket_dir, port).await.unwrap();
+            let catalogue = Session::open(&endpoint).await.unwrap();
+            let mut cart = Client::open(&socket);
+            for number in 1i64.. {
+                if stopped.load(Ordering::Relaxed) {
+                    return;
+                }
+                let begun = Timestamp::now();
+                orders.execute("INSERT INTO ledger VALUES ($1)", &[&number]).await.unwrap();
+                let first = Timestamp::now();
+                catalogue.execute(&format!("INSERT INTO shop.ledger VALUES ({number})")).await.unwrap();
+                let second = Timestamp::now();
+                cart.run(&["RPUSH", "ledger", &number.to_string()]);
+                let third = Timestamp::now();
+                written.lock().unwrap().push([(begun, first), (first, second), (second, third)]);
+                tokio::time::sleep(Duration::from_millis(3)).await;
+            }
+        };
+        Ledger { entries, stop, thread: std::thread::spawn(move || block_on(work)) }
+    }
+
+    fn wait_for(&self, count: usize) {
+        wait_for("the ledger to grow", SOON, || self.entries.lock().unwrap().len() >= count);
+    }
+
+    fn stop(self) -> Vec<Entry> {
+        self.stop.store(true, Ordering::Relaxed);
+        self.thread.join().unwrap();
+        self.entries.lock().unwrap().clone()
+    }
+}
+
+/// Complains about every number that must be there at a whole second and is not, or the other way round.
+fn complaints(entries: &[Entry], at: Timestamp, found: &[BTreeSet<i64>; 3]) -> Vec<String> {
+    let mut complaints = Vec::new();
+    for (member, (name, found)) in MEMBERS.iter().zip(found).enumerate() {
+        for (entry, number) in entries.iter().zip(1i64..) {
+            let (before, after) = entry[member];
+            match found.contains(&number) {
+                true if before > at => complaints.push(format!("{name} has {number}, begun at {before}, after {at}")),
+                false if after < at => {
+                    complaints.push(format!("{name} misses {number}, committed at {after}, by {at}"))
+                }
+                _ => {}
+            }
+        }
+        // One writer: what is there begins at 1 and has no gap.
+        if !found.iter().copied().eq(1..=found.len() as i64) {
+            complaints.push(format!("{name} has a gap"));
+        }
+    }
+    complaints
+}
+
+#[test]
+fn a_missing_and_an_extra_number_are_both_found() {
+    let at = |second: i64| Timestamp::from_second(second).unwrap();
+    let entries: Vec<Entry> = (1..=3).map(|n| [(at(n * 10), at(n * 10 + 1)); 3]).collect();
+    let all = |numbers: &[i64]| std::array::from_fn::<_, 3, _>(|_| numbers.iter().copied().collect());
+    assert!(complaints(&entries, at(25), &all(&[1, 2])).is_empty());
+    assert_eq!(complaints(&entries, at(25), &all(&[1])).len(), 3);
+    assert_eq!(complaints(&entries, at(25), &all(&[1, 2, 3])).len(), 3);
+    assert_eq!(complaints(&entries, at(25), &all(&[2])).len(), 6);
+}
+
+#[test]
+fn story_group_of_three_engines_is_cloned_held_accepted_and_discarded_as_one() {
+    let scene = Scene::start();
+    let (entries, first, last) = scene.write_history(6);
+    let (a, b) = (&scene.a, &scene.b);
+    refuse_what_is_no_moment_of_all(&scene, last);
+
+    // To a second, held.
+    let at = Timestamp::from_second((first + last) / 2).unwrap();
+    let time = at.to_string();
+    let said = a.keiki_ok(&["clone", "shop", "--to", "b", "--as", "check", "--at", &time, "--check"]);
+    for member in MEMBERS {
+        assert!(said.contains(&format!("check-{member}: data directory")), "{said}");
+    }
+    assert!(!scene.clone_dir("check", "orders").exists(), "a check has touched something");
+    let held = a.json(&["clone", "shop", "--to", "b", "--as", "check", "--at", &time, "--hold"]);
+    assert_eq!(held["state"], "held", "{held:#}");
+    let port = port_of(&held, "check-orders");
+    assert!(try_sql_at(&scene.postgres, port, "SELECT 1").is_err(), "a held member listens");
+    for member in MEMBERS {
+        let name = format!("check-{member}");
+        assert!(b.instance(&name).is_null(), "a held member is an instance");
+        let refused = b.keiki_fails(&["accept", &name]);
+        assert!(refused.contains("belongs to group 'check'"), "{refused}");
+        assert!(b.keiki_fails(&["discard", &name, "--yes"]).contains("keiki discard check"));
+    }
+    let table = b.keiki_ok(&["accept", "check"]);
+    for word in ["MEMBER", "check-orders", "postgres", "check-catalogue", "mariadb", "check-cart", "redis"] {
+        assert!(table.contains(word), "{table}");
+    }
+    println!("{table}");
+    let id = held["id"].as_str().unwrap();
+    let done = job(b, id);
+    assert_eq!(done["state"], "done", "{done:#}");
+    let found = scene.found("check", &done);
+    assert_eq!(complaints(&entries, at, &found), Vec::<String>::new());
+    assert!(found.iter().all(|numbers| !numbers.is_empty() && numbers.len() < entries.len()), "{at} proves nothing");
+    for member in MEMBERS {
+        let name = format!("check-{member}");
+        wait_for("the member to be archived", SOON, || b.instance(&name)["state"] == "archiving");
+    }
+
+    // The latest moment of all, beside it; nobody writes any more.
+    let latest = a.json(&["clone", "shop", "--to", "b", "--as", "now", "--latest"]);
+    assert_eq!(latest["state"], "done", "{latest:#}");
+    let reached: Timestamp = result(&latest, "target").replacen(' ', "T", 1).parse().unwrap();
+    let found = scene.found("now", &latest);
+    assert_eq!(complaints(&entries, reached, &found), Vec::<String>::new());
+    println!("latest is {reached}: {} of {} numbers", found[0].len(), entries.len());
+
+    for group in ["check", "now"] {
+        b.keiki_ok(&["discard", group, "--yes"]);
+        for member in MEMBERS {
+            assert!(!scene.clone_dir(group, member).exists(), "{group}-{member} left its directory");
+        }
+        assert!(b.keiki_fails(&["discard", group, "--yes"]).contains("no clone"));
+    }
+}
+
+/// What means one member only is refused before anything starts, and says what to do.
+fn refuse_what_is_no_moment_of_all(scene: &Scene, second: i64) {
+    let order = ["clone", "shop", "--to", "b", "--as", "no"];
+    for (option, value) in [("--position", "0/1"), ("--gtid", "0-5-1"), ("--name", "x"), ("--port", "5500")] {
+        let said = scene.a.keiki_fails(&[order.as_slice(), &[option, value]].concat());
+        assert!(said.contains(&format!("group 'shop' with {option}")) && said.contains("hint:"), "{said}");
+    }
+    let between = Timestamp::from_millisecond((second - 2) * 1000 + 250).unwrap().to_string();
+    let said = scene.a.keiki_fails(&[order.as_slice(), &["--at", &between]].concat());
+    assert!(said.contains("the log of 'a/catalogue' (mariadb) counts in whole seconds"), "{said}");
+    let future = Timestamp::from_second(second + 86400).unwrap().to_string();
+    let said = scene.a.keiki_fails(&[order.as_slice(), &["--at", &future]].concat());
+    assert!(said.contains("cannot clone group 'shop'") && said.contains("its archive ends at"), "{said}");
+    let status = scene.a.keiki_ok(&["status"]);
+    assert!(status.contains("orders, a/catalogue, a/cart"), "{status}");
+    assert!(!scene.clone_dir("no", "orders").exists());
+}
