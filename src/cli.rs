@@ -1,7 +1,7 @@
 //! The command line: one file per verb, and how things look.
 //!
 //! Every verb takes typed arguments, asks an agent over the control socket, and prints. Nothing here touches a database;
-//! one verb reads the repository, through the agent: `download`.
+//! two verbs read the repository: `download` through the agent, and `restore` by links alone.
 
 use std::process::ExitCode;
 
@@ -24,6 +24,7 @@ mod instances;
 mod job;
 mod output;
 mod repository;
+mod restore;
 mod status;
 mod wal_push;
 mod window;
@@ -57,7 +58,7 @@ pub fn run() -> ExitCode {
 }
 
 fn run_verb(verb: Verb, connect: arguments::Connect, json: bool) -> Result<Outcome> {
-    // The two verbs that need no agent, and the agent itself, come first: they must work when nothing is configured.
+    // The verbs that need no agent, and the agent itself, come first: they must work when nothing is configured.
     let verb = match verb {
         Verb::Agent => return agent::run(&connect),
         Verb::Ca { action } => return ca::run(action, json),
@@ -67,10 +68,13 @@ fn run_verb(verb: Verb, connect: arguments::Connect, json: bool) -> Result<Outco
         .enable_all()
         .build()
         .map_err(|error| crate::error::Error::io("cannot start the asynchronous runtime", error))?;
+    if let Verb::Restore(arguments) = verb {
+        return runtime.block_on(restore::run(arguments, json));
+    }
     runtime.block_on(async {
         let agent = Connection::open(&connect)?;
         match verb {
-            Verb::Agent | Verb::Ca { .. } => Ok(Outcome::Good),
+            Verb::Agent | Verb::Ca { .. } | Verb::Restore(_) => Ok(Outcome::Good),
             Verb::Doctor => doctor::run(&agent, json).await,
             Verb::Status => status::run(&agent, json).await,
             Verb::Instances => instances::run(&agent, json).await,

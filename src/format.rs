@@ -27,6 +27,7 @@ pub mod frame;
 mod golden;
 mod instant;
 pub mod layout;
+pub mod links;
 pub mod manifest;
 pub mod summary;
 

@@ -13,6 +13,7 @@
 
 pub mod faulty;
 pub mod fs;
+pub mod links;
 pub mod memory;
 pub mod metered;
 pub mod peer;
@@ -23,10 +24,12 @@ use std::fmt;
 use std::ops::Range;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
 use futures_util::Stream;
+use jiff::Timestamp;
 
 use crate::error::{Error, Kind, Result};
 use crate::model::capabilities::Capabilities;
@@ -62,6 +65,13 @@ impl Key {
     }
 }
 
+/// Keys sort and compare as their text.
+impl std::borrow::Borrow<str> for Key {
+    fn borrow(&self) -> &str {
+        &self.0
+    }
+}
+
 impl fmt::Display for Key {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
@@ -90,6 +100,20 @@ pub struct ObjectInfo {
     pub size_bytes: u64,
     pub tag: Tag,
 }
+
+/// Addresses at which objects can be read without credentials.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Links {
+    /// One for each key that was named, in that order. Whoever knows one can read the object.
+    pub urls: Vec<String>,
+    /// When all of them stop working, as far as it is known.
+    pub expires_at: Timestamp,
+    /// They were made with temporary credentials and stop working when those end.
+    pub may_end_earlier: bool,
+}
+
+/// Links are made for at most so many objects in one call: an answer to a peer holds them.
+pub const LINKS_MAX: usize = 100;
 
 /// At most this many objects come back from one `list`, as with S3's ListObjectsV2.
 pub const LIST_PAGE_OBJECTS_MAX: usize = 1000;
@@ -128,10 +152,23 @@ pub trait Store: Send + Sync {
     /// Tells the store what was found out when the repository in it was begun. Who wraps a store hands this on.
     fn adopt(&self, found: &Capabilities);
 
+    /// Links to at most [`LINKS_MAX`] objects, which need not be there, that work for so long. Asks the server nothing.
+    /// `Unsupported` where whoever has no credentials cannot reach the objects at all, `BadInput` for a time that no
+    /// link can last.
+    async fn presign(&self, _keys: &[Key], _valid_for: Duration) -> Result<Links> {
+        Err(no_links(&self.describe()))
+    }
+
     /// What counts this store's requests, if it counts them by itself; see [`metered`].
     fn meter(&self) -> Option<Arc<metered::Meter>> {
         None
     }
+}
+
+/// What `presign` answers where there are no links.
+fn no_links(place: &str) -> Error {
+    Error::new(Kind::Unsupported, format!("cannot make links to objects of '{place}': only a bucket has such links"))
+        .hint("'keiki backup download INSTANCE BACKUP --tar FILE' writes the backup itself, to be copied")
 }
 
 /// What `put_stream` answers to a condition that it does not support.

@@ -19,6 +19,7 @@ use crate::peer::access::{Permission, check_who};
 pub use crate::peer::tls::TlsConfig;
 pub use repository::{RepositoryConfig, RepositoryUrl, S3Config};
 pub use schedule::{BackupWindow, next_start};
+pub use value::parse_duration;
 
 mod group;
 mod place;

@@ -3,6 +3,7 @@
 //! belongs to is in its identity, which can be created and never replaced: a host cannot give itself what is another's.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 
@@ -16,7 +17,7 @@ use crate::peer::api::{ObjectFacts, PutWhen, Request, Response};
 use crate::repo::incarnations::Incarnations;
 use crate::repo::repository::Repository;
 use crate::store::read::get_sized;
-use crate::store::{ByteStream, Key, ObjectInfo, PutCondition, Store, Tag};
+use crate::store::{ByteStream, Key, Links, ObjectInfo, PutCondition, Store, Tag};
 
 /// Whether a request belongs here.
 pub fn is_about_objects(request: &Request) -> bool {
@@ -27,6 +28,7 @@ pub fn is_about_objects(request: &Request) -> bool {
             | Request::ListObjects { .. }
             | Request::PutObject { .. }
             | Request::DeleteObjects { .. }
+            | Request::LinkObjects { .. }
     )
 }
 
@@ -71,6 +73,12 @@ pub async fn handle(
             }
             store.delete(&keys).await?;
             Ok((Response::Done, None))
+        }
+        Request::LinkObjects { keys, valid_for_seconds } => {
+            let keys = keys.iter().map(|key| Key::parse(key)).collect::<Result<Vec<_>>>()?;
+            let Links { urls, expires_at, may_end_earlier } =
+                store.presign(&keys, Duration::from_secs(valid_for_seconds)).await?;
+            Ok((Response::Links { urls, expires_at, may_end_earlier }, None))
         }
         _ => Err(Error::new(Kind::Internal, "a request that is not about objects went the wrong way")),
     }

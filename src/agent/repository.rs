@@ -129,6 +129,7 @@ impl RepositoryHandle {
 fn s3_options(place: &S3Config, bandwidth: Bandwidth) -> S3Options {
     S3Options {
         endpoint: place.endpoint.clone(),
+        public_endpoint: place.public_endpoint.clone(),
         region: place.region.clone(),
         path_style: place.path_style,
         ca: place.ca.clone(),

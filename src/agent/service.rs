@@ -98,6 +98,7 @@ impl AgentService {
             | Request::HeadObject { .. }
             | Request::ListObjects { .. }
             | Request::PutObject { .. }
+            | Request::LinkObjects { .. }
             | Request::DeleteObjects { .. } => {
                 Err(Error::new(Kind::Internal, "a request about objects went the wrong way"))
             }

@@ -48,6 +48,8 @@ pub enum Verb {
         #[command(subcommand)]
         action: BackupAction,
     },
+    /// Write a backup as plain files by links alone: without an agent, a configuration or credentials.
+    Restore(RestoreArguments),
     /// Show the moments that a clone can be made of.
     Window { instance: String },
     /// Grow a clone of an instance as it was at a moment.
@@ -97,16 +99,38 @@ pub enum BackupAction {
     List { instance: String },
     /// Show all that is known of one backup.
     Show { instance: String, backup: String },
-    /// Write a backup as plain files, with the log that makes it consistent.
-    Download {
-        instance: String,
-        backup: String,
-        #[command(flatten)]
-        place: Place,
-    },
+    /// Write a backup as plain files, with the log that makes it consistent; or links with which others can.
+    Download(DownloadArguments),
 }
 
-/// Where a backup goes that is downloaded.
+#[derive(Args)]
+pub struct DownloadArguments {
+    pub instance: String,
+    pub backup: String,
+    /// A directory that does not exist yet; with --link the file for the links.
+    #[arg(long, value_name = "DIR", required_unless_present_any = ["tar", "link"], conflicts_with = "tar")]
+    pub to: Option<PathBuf>,
+    /// A tar archive; '-' is the standard output.
+    #[arg(long, value_name = "FILE", conflicts_with = "link")]
+    pub tar: Option<PathBuf>,
+    /// Links that work without credentials for so long, as in 1h; at most 7d. For 'keiki restore --from-links'.
+    #[arg(long, value_name = "DURATION")]
+    pub link: Option<String>,
+}
+
+#[derive(Args)]
+pub struct RestoreArguments {
+    /// What 'keiki backup download --link' wrote.
+    #[arg(long, value_name = "FILE", required = true)]
+    pub from_links: PathBuf,
+    /// Certificates to trust beside those that this host trusts, as a file in PEM form.
+    #[arg(long, value_name = "FILE")]
+    pub ca_file: Option<PathBuf>,
+    #[command(flatten)]
+    pub place: Place,
+}
+
+/// Where the files of a backup go.
 #[derive(Args)]
 #[group(required = true, multiple = false)]
 pub struct Place {
@@ -240,6 +264,9 @@ back up
   keiki backup list INSTANCE
   keiki backup download INSTANCE BACKUP --to DIR
                                    a backup as plain files; --tar FILE makes an archive
+  keiki backup download INSTANCE BACKUP --link 1h
+                                   links with which a host without credentials can read it
+  keiki restore --from-links FILE --to DIR
 
 clone
   keiki clone SOURCE --to HOST --as NAME --at '2026-11-21 09:59:00+00'

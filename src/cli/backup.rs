@@ -49,9 +49,7 @@ pub async fn run(agent: &Connection, action: BackupAction, as_json: bool) -> Res
             }
             Ok(Outcome::Good)
         }
-        BackupAction::Download { instance, backup, place } => {
-            download::run(agent, instance, backup, place, as_json).await
-        }
+        BackupAction::Download(arguments) => download::run(agent, arguments, as_json).await,
     }
 }
 

@@ -4,5 +4,6 @@ pub mod checks;
 pub mod duration;
 pub mod error;
 pub mod json;
+pub mod partial;
 pub mod progress;
 pub mod table;

@@ -31,10 +31,12 @@ use crate::repo::log_reader::LogReader;
 use crate::repo::repository::Repository;
 
 mod directory;
+mod links;
 mod tar;
 
 pub use crate::engine::Progress;
 pub use directory::DirectoryOutput;
+pub use links::{LinksMade, write_links};
 pub use tar::TarOutput;
 
 /// Decoded frames that are kept because small files that follow each other share them: one for each lane of the backup

@@ -200,6 +200,7 @@ fn need(request: &Request) -> (Need<'_>, &'static str) {
         Request::GetObject { .. } | Request::HeadObject { .. } | Request::ListObjects { .. } => {
             rule(Permission::ReadRepository, None, "read the repository")
         }
+        Request::LinkObjects { .. } => rule(Permission::ReadRepository, None, "have links made to the repository"),
         Request::PutObject { .. } | Request::DeleteObjects { .. } => {
             rule(Permission::WriteRepository, None, "write to the repository")
         }

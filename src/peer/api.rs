@@ -104,6 +104,11 @@ pub enum Request {
     DeleteObjects {
         keys: Vec<String>,
     },
+    /// Addresses of objects that work without credentials for so long. Answered with `Links`.
+    LinkObjects {
+        keys: Vec<String>,
+        valid_for_seconds: u64,
+    },
 }
 
 /// `store::PutCondition` in terms of the wire.
@@ -146,6 +151,12 @@ pub enum Response {
     },
     Repository(RepositoryFacts),
     RepositoryCost(RepositoryCost),
+    /// One address for each key that was named.
+    Links {
+        urls: Vec<String>,
+        expires_at: Timestamp,
+        may_end_earlier: bool,
+    },
 }
 
 /// A repository as a whole.

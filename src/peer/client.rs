@@ -257,6 +257,7 @@ fn is_repeatable(request: &Request) -> bool {
         | Request::GetObject { .. }
         | Request::HeadObject { .. }
         | Request::ListObjects { .. }
+        | Request::LinkObjects { .. }
         | Request::DeleteObjects { .. } => true,
         Request::Forward { request, .. } => is_repeatable(request),
         // The second time the answer would be another one.

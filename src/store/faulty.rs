@@ -11,7 +11,7 @@ use async_trait::async_trait;
 use bytes::{Bytes, BytesMut};
 use futures_util::{StreamExt, stream};
 
-use super::{ByteStream, Key, ObjectInfo, PutCondition, Store, Tag};
+use super::{ByteStream, Key, Links, ObjectInfo, PutCondition, Store, Tag};
 use crate::error::{Error, Kind, Result};
 use crate::model::capabilities::Capabilities;
 
@@ -255,5 +255,9 @@ impl Store for FaultyStore {
 
     fn adopt(&self, found: &Capabilities) {
         self.inner.adopt(found);
+    }
+
+    async fn presign(&self, keys: &[Key], valid_for: Duration) -> Result<Links> {
+        self.inner.presign(keys, valid_for).await
     }
 }

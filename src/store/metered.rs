@@ -8,13 +8,14 @@
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
 use futures_util::StreamExt;
 use jiff::Timestamp;
 
-use super::{ByteStream, Key, ObjectInfo, PutCondition, Store, Tag};
+use super::{ByteStream, Key, Links, ObjectInfo, PutCondition, Store, Tag};
 use crate::base::clock::Clock;
 use crate::error::Result;
 use crate::model::capabilities::Capabilities;
@@ -172,6 +173,10 @@ impl Store for MeteredStore {
         self.inner.adopt(found);
     }
 
+    async fn presign(&self, keys: &[Key], valid_for: Duration) -> Result<Links> {
+        self.inner.presign(keys, valid_for).await
+    }
+
     fn meter(&self) -> Option<Arc<Meter>> {
         Some(self.meter.clone())
     }
@@ -179,8 +184,6 @@ impl Store for MeteredStore {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
     use crate::base::clock::ManualClock;
     use crate::store::memory::MemoryStore;

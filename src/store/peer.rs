@@ -14,6 +14,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -21,7 +22,7 @@ use futures_util::{StreamExt, stream};
 use tokio_util::sync::CancellationToken;
 
 use super::read::get_optional;
-use super::{ByteStream, Key, ObjectInfo, PutCondition, Store, Tag};
+use super::{ByteStream, Key, Links, ObjectInfo, PutCondition, Store, Tag};
 use crate::base::clock::Clock;
 use crate::base::retry::{RetryPolicy, retry};
 use crate::error::{Error, Kind, Result};
@@ -222,5 +223,10 @@ impl Store for PeerStore {
 
     fn adopt(&self, found: &Capabilities) {
         self.carrier.adopt(found);
+    }
+
+    async fn presign(&self, keys: &[Key], valid_for: Duration) -> Result<Links> {
+        let what = format!("cannot make links to objects of {}", self.describe());
+        self.ask(what, || self.carrier.presign(keys, valid_for)).await
     }
 }

@@ -14,13 +14,15 @@
 //! Everything lies below the prefix. Names that begin with `.keiki/` belong to this module; no key can be one.
 
 mod body;
-mod bucket;
+pub(super) mod bucket;
 mod claims;
 mod credentials;
-mod explain;
+pub(super) mod explain;
 mod listing;
+mod presign;
 mod probe;
-mod transport;
+pub(super) mod transport;
+pub(super) mod trust;
 mod upload;
 
 use std::ops::Range;
@@ -40,8 +42,6 @@ use aws_sdk_s3::config::{
 use aws_smithy_async::time::TimeSource;
 use aws_smithy_types::retry::RetryConfig;
 use bytes::Bytes;
-use rustls_pki_types::CertificateDer;
-use rustls_pki_types::pem::PemObject;
 use tokio_util::sync::CancellationToken;
 
 use self::body::Resumable;
@@ -49,10 +49,12 @@ use self::bucket::{Bucket, Condition, Pace};
 pub use self::bucket::{Encryption, PutOptions};
 pub use self::credentials::CredentialsSource;
 use self::listing::Rests;
+use self::presign::Presigner;
 use self::transport::Transport;
 pub use self::transport::{Bandwidth, Timeouts};
+use super::metered::Meter;
 use super::read::get_optional;
-use super::{ByteStream, Key, LIST_PAGE_OBJECTS_MAX, ObjectInfo, PutCondition, Store, Tag};
+use super::{ByteStream, Key, LIST_PAGE_OBJECTS_MAX, Links, ObjectInfo, PutCondition, Store, Tag};
 use crate::base::clock::Clock;
 use crate::base::retry::{RetryPolicy, retry};
 use crate::error::{Error, Kind, Result};
@@ -69,6 +71,8 @@ pub struct S3Options {
     pub prefix: String,
     /// `https://s3.example.net`; nothing means that of Amazon for the region.
     pub endpoint: Option<String>,
+    /// What links name instead of the endpoint: as whoever gets them reaches the server.
+    pub public_endpoint: Option<String>,
     pub region: String,
     /// Whether the bucket is part of the path or of the host's name.
     pub path_style: bool,
@@ -91,6 +95,7 @@ impl S3Options {
             bucket: bucket.to_string(),
             prefix: prefix.to_string(),
             endpoint: None,
+            public_endpoint: None,
             region: "us-east-1".to_string(),
             path_style: false,
             ca: None,
@@ -118,6 +123,8 @@ struct Inner {
     part_bytes: usize,
     capabilities: ArcSwap<Capabilities>,
     rests: Rests,
+    presigner: Presigner,
+    meter: Arc<Meter>,
     described: String,
 }
 
@@ -131,7 +138,7 @@ impl S3Store {
         let described = format!("s3://{}/{}", options.bucket, prefix.trim_end_matches('/'));
         let described = described.trim_end_matches('/').to_string();
         let failed = |error: Error| error.while_doing(format!("cannot open {described}"));
-        let tls = trusting(&options).map_err(failed)?;
+        let tls = trust::trusting(options.ca.as_deref()).map_err(failed)?;
         let transport = Transport::new(tls, options.bandwidth.clone(), options.connections, options.timeouts);
         let credentials =
             credentials::provider(&options.credentials, &options.region, &transport).await.map_err(failed)?;
@@ -139,12 +146,14 @@ impl S3Store {
             .connect_timeout(options.timeouts.connect)
             .read_timeout(options.timeouts.silence)
             .build();
+        let meter = Meter::new(clock.clone());
         let mut config = Builder::new();
         config.set_endpoint_url(options.endpoint.clone());
         let config = config
             .behavior_version(BehaviorVersion::latest())
-            .http_client(transport)
-            .credentials_provider(credentials)
+            // What is asked to get credentials is no request of the store.
+            .http_client(transport.counting(meter.clone()))
+            .credentials_provider(credentials.clone())
             .region(Region::new(options.region.clone()))
             .force_path_style(options.path_style)
             .time_source(ClockTime(clock.clone()))
@@ -158,6 +167,7 @@ impl S3Store {
             .request_checksum_calculation(RequestChecksumCalculation::WhenRequired)
             .response_checksum_validation(ResponseChecksumValidation::WhenRequired)
             .build();
+        let presigner = Presigner::new(&config, options.public_endpoint.as_deref(), credentials, &options.credentials);
         let bucket = Bucket {
             client: Client::from_conf(config),
             name: options.bucket,
@@ -173,6 +183,8 @@ impl S3Store {
                 part_bytes: options.part_bytes.max(PART_BYTES_MIN),
                 capabilities: ArcSwap::default(),
                 rests: Rests::default(),
+                presigner,
+                meter,
                 described,
             }),
         })
@@ -279,35 +291,6 @@ impl S3Store {
     }
 }
 
-/// The configuration of TLS: the roots of the host and those of the options.
-fn trusting(options: &S3Options) -> Result<Arc<rustls::ClientConfig>> {
-    let mut roots = rustls::RootCertStore::empty();
-    // A host without any is no error by itself: the server may have one that is named, or speak no TLS.
-    roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
-    if let Some(path) = &options.ca {
-        let bad =
-            |why: String| Error::new(Kind::BadInput, format!("cannot read certificates '{}': {why}", path.display()));
-        let pem = std::fs::read(path)
-            .map_err(|error| Error::io(format!("cannot read certificates '{}'", path.display()), error))?;
-        let mut count = 0;
-        for certificate in CertificateDer::pem_slice_iter(&pem) {
-            let certificate = certificate.map_err(|error| bad(error.to_string()))?;
-            roots.add(certificate).map_err(|error| bad(error.to_string()))?;
-            count += 1;
-        }
-        if count == 0 {
-            return Err(bad("there is none in it".to_string()).hint("it must be a file in PEM form"));
-        }
-    }
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let config = rustls::ClientConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        .map_err(|error| Error::new(Kind::Internal, format!("cannot set up TLS: {error}")))?
-        .with_root_certificates(roots)
-        .with_no_client_auth();
-    Ok(Arc::new(config))
-}
-
 /// The clock of the agent, as the SDK asks for the time that it signs.
 struct ClockTime(Arc<dyn Clock>);
 
@@ -385,5 +368,13 @@ impl Store for S3Store {
 
     fn adopt(&self, found: &Capabilities) {
         self.inner.capabilities.store(Arc::new(found.clone()));
+    }
+
+    async fn presign(&self, keys: &[Key], valid_for: Duration) -> Result<Links> {
+        presign::presign(self, keys, valid_for).await
+    }
+
+    fn meter(&self) -> Option<Arc<Meter>> {
+        Some(self.inner.meter.clone())
     }
 }

@@ -8,7 +8,8 @@ use std::time::Duration;
 use super::support::hosts::{Host, HostOptions, Lab, free_port, instance_section, wait_for};
 use super::support::postgres::{TestServer, Version};
 
-fn start_host(lab: &Lab, name: &str, url: &str, source: &TestServer, peers: Vec<(&str, u16)>, port: u16) -> Host {
+/// A host; the one called `a` has the instance.
+pub fn start_host(lab: &Lab, name: &str, url: &str, source: &TestServer, peers: Vec<(&str, u16)>, port: u16) -> Host {
     let sections = match name {
         "a" => instance_section("orders", source, "ship_every = \"1s\""),
         _ => String::new(),
@@ -25,7 +26,7 @@ fn start_host(lab: &Lab, name: &str, url: &str, source: &TestServer, peers: Vec<
 }
 
 /// Starts a server in the files of a directory and returns what it says about the table.
-fn start_in(lab: &Lab, plain: &Path) -> String {
+pub fn row_counts_in(lab: &Lab, plain: &Path) -> String {
     let mut server = TestServer::prepare(Version::V15);
     fs::remove_dir(&server.data_dir).unwrap();
     let copied = Command::new("cp").arg("-a").arg(plain).arg(&server.data_dir).status().unwrap();
@@ -37,7 +38,7 @@ fn start_in(lab: &Lab, plain: &Path) -> String {
     let said = server.sql("SELECT count(*), sum(i), (SELECT count(*) FROM elsewhere) FROM t");
     assert_eq!(server.sql("SELECT pg_is_in_recovery()"), "f");
     server.stop();
-    assert!(lab.path("repository").exists());
+    assert!(lab.path("").exists());
     said
 }
 
@@ -67,7 +68,7 @@ fn a_server_that_is_started_in_a_downloaded_backup_has_what_was_committed() {
     let said = a.keiki_ok(&["backup", "download", "orders", &backup, "--to", plain_text]);
     assert!(said.contains("log files") && said.contains("archive_command"), "{said}");
     assert!(plain.join("backup_label").is_file() && !plain.join("tablespace_map").exists());
-    assert_eq!(start_in(&lab, &plain), "100000|5000050000|777");
+    assert_eq!(row_counts_in(&lab, &plain), "100000|5000050000|777");
     let again = a.keiki_fails(&["backup", "download", "orders", &backup, "--to", plain_text]);
     assert!(again.contains("is not empty"), "{again}");
 
@@ -90,4 +91,13 @@ fn a_server_that_is_started_in_a_downloaded_backup_has_what_was_committed() {
     assert_eq!(piped.stdout, fs::read(lab.path("archive-0.tar")).unwrap());
     let missing = b.keiki_fails(&["backup", "download", "a/orders", "20200101T000000Z-aaaa", "--tar", "-"]);
     assert!(missing.contains("has no backup"), "{missing}");
+
+    // A directory has no links, whichever agent is asked.
+    for (host, instance) in [(&a, "orders"), (&b, "a/orders")] {
+        let place = lab.path("links");
+        let arguments = ["backup", "download", instance, &backup, "--link", "1h", "--to", place.to_str().unwrap()];
+        let refused = host.keiki_fails(&arguments);
+        assert!(refused.contains("only a bucket has such links") && refused.contains("--tar FILE"), "{refused}");
+        assert!(!place.exists());
+    }
 }

@@ -20,6 +20,7 @@ mod postgres_clone;
 mod postgres_source;
 mod s3_errors;
 mod s3_lease;
+mod s3_links;
 mod s3_outage;
 mod s3_store;
 mod story_s3;

@@ -14,7 +14,7 @@ use tempfile::TempDir;
 
 use super::support::hosts::free_port;
 use super::support::s3::in_process::{self, Conditions};
-use super::support::s3::{Weed, fresh_prefix, open};
+use super::support::s3::{Weed, fresh_prefix, open, self_signed};
 
 /// The error of the first thing that anybody does with a repository.
 async fn init_error(options: S3Options, clock: Arc<dyn Clock>) -> Error {
@@ -104,10 +104,8 @@ async fn a_certificate_counts_only_if_its_authority_is_named() {
         std::fs::write(&path, text).unwrap();
         path
     };
-    let key = rcgen::KeyPair::generate().unwrap();
-    let certificate = rcgen::CertificateParams::new(vec!["127.0.0.1".to_string()]).unwrap().self_signed(&key).unwrap();
-    let own = write("own.pem", &certificate.pem());
-    let weed = Weed::start_with(Some((own.clone(), write("own.key", &key.serialize_pem()))));
+    let (own, key) = self_signed(directory.path());
+    let weed = Weed::start_with(Some((own.clone(), key)));
     let options = S3Options { endpoint: Some(weed.https_endpoint()), ..weed.options("tls") };
 
     let error = init_error(options.clone(), Arc::new(SystemClock)).await;

@@ -7,6 +7,8 @@ mod promises;
 mod faults;
 #[path = "store_contract/directory.rs"]
 mod directory;
+#[path = "store_contract/links.rs"]
+mod links;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -154,6 +156,19 @@ contract_holds_for!(
         a_stream_that_fails_stores_nothing,
         a_stream_that_is_given_up_stores_nothing,
         a_reader_sees_the_old_or_the_new_object_and_never_a_mixture,
+    ]
+);
+// Without what needs writers that race with readers: a link is to an object that is there. Listings have a test of their
+// own beside that store, because all links would be made again for each page.
+contract_holds_for!(
+    of_s3_read_by_links,
+    links::reading_by_links(s3_on_seaweedfs().await),
+    [
+        what_is_put_is_read_and_found,
+        a_range_gives_exactly_its_bytes_and_a_wrong_one_is_refused,
+        what_is_not_there_is_not_found_and_may_be_deleted,
+        a_streamed_object_is_whole,
+        a_stream_that_fails_stores_nothing,
     ]
 );
 contract_holds_for!(of_memory, memory());

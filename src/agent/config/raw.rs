@@ -56,6 +56,7 @@ pub struct RawTls {
 pub struct RawRepository {
     pub url: Text,
     pub endpoint: Option<Text>,
+    pub public_endpoint: Option<Text>,
     pub region: Option<Text>,
     pub path_style: Option<Spanned<bool>>,
     pub ca: Option<Text>,

@@ -34,6 +34,8 @@ pub struct S3Config {
     pub prefix: String,
     /// Nothing means that of Amazon for the region.
     pub endpoint: Option<String>,
+    /// As others reach the same server, for links.
+    pub public_endpoint: Option<String>,
     pub region: String,
     pub path_style: bool,
     pub ca: Option<PathBuf>,
@@ -75,6 +77,7 @@ impl Reader<'_> {
     fn nothing_of_s3(&self, raw: &raw::RawRepository) -> Result<()> {
         let texts = [
             &raw.endpoint,
+            &raw.public_endpoint,
             &raw.region,
             &raw.ca,
             &raw.credentials_file,
@@ -124,6 +127,7 @@ impl Reader<'_> {
             bucket: bucket.to_string(),
             prefix: prefix.to_string(),
             endpoint,
+            public_endpoint: raw.public_endpoint.as_ref().map(|text| self.parse(text, parse_endpoint)).transpose()?,
             region: self.word_or(&raw.region, "us-east-1")?,
             path_style,
             ca: raw.ca.as_ref().map(|path| self.path(path)).transpose()?,

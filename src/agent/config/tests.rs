@@ -59,7 +59,7 @@ fn a_misspelt_key_is_named_with_its_line_and_the_key_that_was_meant() {
         refusal(&format!("{SMALL}wal_level = 1\n")),
         @r#"
     line 5, key 'repository.wal_level': there is no such key
-    hint: known here: url, endpoint, region, path_style, ca, credentials_file, profile, encryption, kms_key, storage_class, tags, part_size, timeout, connections, prices
+    hint: known here: url, endpoint, public_endpoint, region, path_style, ca, credentials_file, profile, encryption, kms_key, storage_class, tags, part_size, timeout, connections, prices
     "#
     );
 }

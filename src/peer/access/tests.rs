@@ -100,6 +100,7 @@ fn every_request() -> Vec<Request> {
         Request::ListObjects { prefix: String::new(), after: None, limit: 1 },
         Request::PutObject { key: "k".into(), condition: PutWhen::Create },
         Request::DeleteObjects { keys: vec![] },
+        Request::LinkObjects { keys: vec![], valid_for_seconds: 1 },
     ]
 }
 

@@ -5,6 +5,7 @@
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -14,7 +15,7 @@ use crate::error::{Error, Kind, Result};
 use crate::model::capabilities::Capabilities;
 use crate::peer::api::{ObjectFacts, PutWhen, Request, Response};
 use crate::store::read::body_from_bytes;
-use crate::store::{ByteStream, Key, ObjectInfo, PutCondition, Store, Tag};
+use crate::store::{ByteStream, Key, Links, ObjectInfo, PutCondition, Store, Tag};
 
 /// See the module. Cheap to clone.
 #[derive(Clone)]
@@ -142,4 +143,13 @@ impl Store for PeerObjects {
     }
 
     fn adopt(&self, _: &Capabilities) {}
+
+    async fn presign(&self, keys: &[Key], valid_for: Duration) -> Result<Links> {
+        let keys = keys.iter().map(Key::to_string).collect();
+        let request = Request::LinkObjects { keys, valid_for_seconds: valid_for.as_secs() };
+        match self.client.ask(self.request(request)).await? {
+            Response::Links { urls, expires_at, may_end_earlier } => Ok(Links { urls, expires_at, may_end_earlier }),
+            other => Err(self.unexpected(&other)),
+        }
+    }
 }

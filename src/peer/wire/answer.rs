@@ -30,6 +30,7 @@ pub enum WireAnswer {
     Objects(Page<WireObjectFacts>),
     Repository(WireRepositoryFacts),
     RepositoryCost(WireRepositoryCost),
+    Links { urls: Vec<String>, expires_at: WireInstant, may_end_earlier: bool },
 }
 
 /// Some items of a list.
@@ -193,6 +194,11 @@ pub fn to_wire(answer: &Result<Response>) -> Vec<WireAnswer> {
         Response::Stored { tag } => WireAnswer::Stored { tag: tag.clone() },
         Response::Repository(facts) => WireAnswer::Repository(facts.to_wire()),
         Response::RepositoryCost(cost) => WireAnswer::RepositoryCost(cost.to_wire()),
+        Response::Links { urls, expires_at, may_end_earlier } => WireAnswer::Links {
+            urls: urls.clone(),
+            expires_at: expires_at.to_wire(),
+            may_end_earlier: *may_end_earlier,
+        },
         Response::Checks(items) => return pages(items, WireAnswer::Checks),
         Response::Jobs(items) => return pages(items, WireAnswer::Jobs),
         Response::Backups(items) => return pages(items, WireAnswer::Backups),
@@ -248,6 +254,9 @@ pub fn from_wire(wire: WireAnswer) -> Result<(Result<Response>, bool)> {
         WireAnswer::Stored { tag } => Response::Stored { tag },
         WireAnswer::Repository(facts) => Response::Repository(Twin::from_wire(facts)?),
         WireAnswer::RepositoryCost(cost) => Response::RepositoryCost(Twin::from_wire(cost)?),
+        WireAnswer::Links { urls, expires_at, may_end_earlier } => {
+            Response::Links { urls, expires_at: Twin::from_wire(expires_at)?, may_end_earlier }
+        }
     };
     Ok((Ok(response), false))
 }

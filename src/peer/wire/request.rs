@@ -40,6 +40,7 @@ pub enum DirectRequest {
     DeleteObjects { keys: Vec<String> },
     ShowRepository,
     ShowCost,
+    LinkObjects { keys: Vec<String>, valid_for_seconds: u64 },
 }
 
 #[derive(Serialize, Deserialize)]
@@ -118,6 +119,7 @@ fn direct_to_wire(request: &Request) -> Result<DirectRequest> {
         Request::ListObjects { prefix, after, limit } => DirectRequest::ListObjects { prefix, after, limit },
         Request::PutObject { key, condition } => DirectRequest::PutObject { key, condition: condition.to_wire() },
         Request::DeleteObjects { keys } => DirectRequest::DeleteObjects { keys },
+        Request::LinkObjects { keys, valid_for_seconds } => DirectRequest::LinkObjects { keys, valid_for_seconds },
         Request::Forward { host, .. } => {
             return Err(Error::new(
                 Kind::BadInput,
@@ -157,5 +159,6 @@ fn direct_from_wire(wire: DirectRequest) -> Result<Request> {
             Request::PutObject { key, condition: Twin::from_wire(condition)? }
         }
         DirectRequest::DeleteObjects { keys } => Request::DeleteObjects { keys },
+        DirectRequest::LinkObjects { keys, valid_for_seconds } => Request::LinkObjects { keys, valid_for_seconds },
     })
 }

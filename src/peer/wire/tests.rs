@@ -270,6 +270,8 @@ fn direct_request() -> BoxedStrategy<Request> {
         }),
         (text(), put_when).prop_map(|(key, condition)| Request::PutObject { key, condition }),
         vec(text(), 0..5).prop_map(|keys| Request::DeleteObjects { keys }),
+        (vec(text(), 0..5), any::<u64>())
+            .prop_map(|(keys, valid_for_seconds)| Request::LinkObjects { keys, valid_for_seconds }),
     ]
     .boxed();
     prop_oneof![
@@ -314,6 +316,8 @@ fn response() -> BoxedStrategy<Response> {
         option::of(object()).prop_map(Response::Object),
         vec(object(), 0..9).prop_map(Response::Objects),
         text().prop_map(|tag| Response::Stored { tag }),
+        (vec(text(), 0..5), instant(), any::<bool>())
+            .prop_map(|(urls, expires_at, may_end_earlier)| { Response::Links { urls, expires_at, may_end_earlier } }),
         cost().prop_map(Response::RepositoryCost).boxed(),
         facts().prop_map(Response::Repository).boxed(),
     ]

@@ -152,7 +152,7 @@ impl Pace {
 }
 
 /// `"abc"` and `abc` are the same tag.
-fn plain_tag(tag: Option<&str>) -> String {
+pub(in crate::store) fn plain_tag(tag: Option<&str>) -> String {
     tag.unwrap_or_default().trim_matches('"').to_string()
 }
 
@@ -165,7 +165,7 @@ fn size(length: Option<i64>) -> u64 {
 }
 
 /// Reads `bytes 5-9/20` (RFC 9110, section 14.4).
-fn parse_content_range(text: &str) -> Option<(u64, u64, u64)> {
+pub(in crate::store) fn parse_content_range(text: &str) -> Option<(u64, u64, u64)> {
     let (range, size) = text.strip_prefix("bytes ")?.split_once('/')?;
     let (first, last) = range.split_once('-')?;
     let (first, last, size): (u64, u64, u64) = (first.parse().ok()?, last.parse().ok()?, size.parse().ok()?);
@@ -174,7 +174,7 @@ fn parse_content_range(text: &str) -> Option<(u64, u64, u64)> {
 
 impl Bucket {
     /// The key in the bucket.
-    fn path(&self, name: &str) -> String {
+    pub fn path(&self, name: &str) -> String {
         format!("{}{name}", self.prefix)
     }
 

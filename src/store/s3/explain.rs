@@ -96,14 +96,23 @@ pub fn own_error(error: &(dyn StdError + 'static)) -> Option<Error> {
 
 /// No answer came, and not because of the network: the request could not be made, or there were no credentials.
 fn without_answer(error: &(dyn StdError + 'static)) -> Error {
-    let text = DisplayErrorContext(error).to_string();
+    let text = words_of(error);
     if text.contains("redential") || text.contains("dentity") {
-        return Error::new(Kind::Forbidden, "no credentials were found").hint(
-            "name a file with 'credentials_file' in [repository], or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY \
-             in the environment of the agent, or give the machine a role",
-        );
+        return no_credentials();
     }
     Error::new(Kind::Internal, format!("the request could not be made: {text}"))
+}
+
+/// An error of the SDK with all that is behind it.
+pub fn words_of(error: &(dyn StdError + 'static)) -> String {
+    DisplayErrorContext(error).to_string()
+}
+
+pub fn no_credentials() -> Error {
+    Error::new(Kind::Forbidden, "no credentials were found").hint(
+        "name a file with 'credentials_file' in [repository], or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY \
+         in the environment of the agent, or give the machine a role",
+    )
 }
 
 /// An answer that is not what was asked for.
@@ -238,11 +247,11 @@ pub fn tls_reason(host: &str, error: &std::io::Error) -> Option<Error> {
     Some(match tls {
         rustls::Error::InvalidCertificate(Bad::UnknownIssuer) => refuse(
             "nobody who is trusted has signed it",
-            "name the file of its certificate authority with 'ca' in [repository]",
+            "name the file of its certificate authority with 'ca' in [repository], or with --ca-file for links",
         ),
         rustls::Error::InvalidCertificate(Bad::NotValidForName | Bad::NotValidForNameContext { .. }) => refuse(
             "it is for another name",
-            "write the name of the certificate in 'endpoint', or is it the wrong server?",
+            "write the name of the certificate in 'endpoint' (for links, 'public_endpoint'), or is it the wrong server?",
         ),
         rustls::Error::InvalidCertificate(
             Bad::Expired | Bad::ExpiredContext { .. } | Bad::NotValidYet | Bad::NotValidYetContext { .. },

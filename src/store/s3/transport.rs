@@ -5,7 +5,8 @@
 //! * HTTP/1.1 is spoken always: one HTTP/2 connection moves bulk several times slower;
 //! * every byte counts against the limits of the agent, on the socket itself;
 //! * a connection that hangs is noticed by what it moves: [`Timeouts`];
-//! * a certificate that cannot be trusted, or a port at which nobody listens, is an error that says so.
+//! * a certificate that cannot be trusted, or a port at which nobody listens, is an error that says so;
+//! * every request that is really sent is counted, also one that is made again, where there is a meter.
 //!
 //! One attempt per call: who calls decides about trying again.
 
@@ -41,6 +42,8 @@ use super::explain::tls_reason;
 use crate::base::rate::{Activity, LimitedStream, RateLimit};
 use crate::base::resolve::resolve;
 use crate::error::{Error, Kind, Result};
+use crate::model::cost::RequestKind;
+use crate::store::metered::Meter;
 
 /// An idle connection is not used again after this: many servers close theirs soon after.
 const IDLE_MAX: Duration = Duration::from_secs(8);
@@ -82,6 +85,7 @@ pub struct Bandwidth {
 pub struct Transport {
     shared: Arc<Shared>,
     timeouts: Timeouts,
+    meter: Option<Arc<Meter>>,
 }
 
 struct Shared {
@@ -118,12 +122,25 @@ impl Transport {
         timeouts: Timeouts,
     ) -> Transport {
         let permits = Arc::new(Semaphore::new(connections.max(1)));
-        Transport { shared: Arc::new(Shared { tls, bandwidth, permits, idle: Mutex::default() }), timeouts }
+        let shared = Arc::new(Shared { tls, bandwidth, permits, idle: Mutex::default() });
+        Transport { shared, timeouts, meter: None }
+    }
+
+    /// The same, counting what is sent and received as requests of an object store.
+    pub fn counting(&self, meter: Arc<Meter>) -> Transport {
+        Transport { meter: Some(meter), ..self.clone() }
     }
 
     async fn exchange(&self, request: HttpRequest) -> Result<HttpResponse> {
         let bad = |why: String| Error::new(Kind::Internal, format!("cannot make a request: {why}"));
-        let mut request = request.try_into_http1x().map_err(|error| bad(error.to_string()))?;
+        let answer = self.send(request.try_into_http1x().map_err(|error| bad(error.to_string()))?).await?;
+        HttpResponse::try_from(answer)
+            .map_err(|error| Error::new(Kind::Unreachable, format!("the answer makes no sense: {error}")))
+    }
+
+    /// Sends a request, whose URI names the host, and returns the answer when it begins.
+    pub async fn send(&self, mut request: http::Request<SdkBody>) -> Result<http::Response<SdkBody>> {
+        let bad = |why: String| Error::new(Kind::Internal, format!("cannot make a request: {why}"));
         let origin = Origin::of(request.uri())?;
         let target = request.uri().path_and_query().map_or("/", |target| target.as_str());
         let target = target.parse::<Uri>().map_err(|error| bad(error.to_string()))?;
@@ -139,6 +156,10 @@ impl Transport {
         let mut connection = self.connection(&origin).await?;
         connection.activity.touch();
         let activity = connection.activity.clone();
+        if let Some(meter) = &self.meter {
+            meter.request(kind_of(request.method(), request.uri().query().unwrap_or_default()));
+            meter.sent(request.body().content_length().unwrap_or(0));
+        }
         let answer = self.watch(&origin, &activity, connection.sender.send_request(request)).await?;
         let answer = answer.map_err(|error| broken(&origin, &error))?;
 
@@ -148,6 +169,7 @@ impl Transport {
             origin,
             silence: self.timeouts.silence,
             timer: None,
+            meter: self.meter.clone(),
             held: Some(Held {
                 connection,
                 shared: self.shared.clone(),
@@ -155,9 +177,7 @@ impl Transport {
             }),
         };
         body.release_at_the_end();
-        let answer = http::Response::from_parts(parts, SdkBody::from_body_1_x(body));
-        HttpResponse::try_from(answer)
-            .map_err(|error| Error::new(Kind::Unreachable, format!("the answer makes no sense: {error}")))
+        Ok(http::Response::from_parts(parts, SdkBody::from_body_1_x(body)))
     }
 
     /// Waits for an answer as long as bytes move.
@@ -240,6 +260,21 @@ where
         let _ = connection.await;
     });
     Ok(sender)
+}
+
+/// Which kind of request this is, as those are billed (Amazon S3 API reference, "Actions": each has its method, and some
+/// a parameter by which they are told apart).
+fn kind_of(method: &http::Method, query: &str) -> RequestKind {
+    let has = |name: &str| query.split('&').any(|pair| pair.split('=').next() == Some(name));
+    match *method {
+        http::Method::GET if has("list-type") || has("uploads") => RequestKind::List,
+        http::Method::GET => RequestKind::Get,
+        http::Method::HEAD => RequestKind::Head,
+        http::Method::DELETE => RequestKind::Delete,
+        http::Method::POST if has("delete") => RequestKind::Delete,
+        _ if has("uploads") || has("uploadId") => RequestKind::Part,
+        _ => RequestKind::Put,
+    }
 }
 
 fn broken(origin: &Origin, error: &hyper::Error) -> Error {
@@ -330,6 +365,7 @@ struct AnswerBody {
     origin: Origin,
     silence: Duration,
     timer: Option<Pin<Box<Sleep>>>,
+    meter: Option<Arc<Meter>>,
     held: Option<Held>,
 }
 
@@ -362,6 +398,9 @@ impl Body for AnswerBody {
         this.timer = None;
         match frame {
             Some(Ok(frame)) => {
+                if let (Some(meter), Some(data)) = (&this.meter, frame.data_ref()) {
+                    meter.received(data.len() as u64);
+                }
                 this.release_at_the_end();
                 Poll::Ready(Some(Ok(frame)))
             }
@@ -410,6 +449,6 @@ impl HttpClient for Transport {
             silence: settings.read_timeout().unwrap_or(self.timeouts.silence),
             ..self.timeouts
         };
-        SharedHttpConnector::new(Transport { shared: self.shared.clone(), timeouts })
+        SharedHttpConnector::new(Transport { timeouts, ..self.clone() })
     }
 }

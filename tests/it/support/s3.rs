@@ -218,6 +218,16 @@ pub async fn open(options: S3Options) -> Arc<S3Store> {
     Arc::new(S3Store::open(options, Arc::new(SystemClock)).await.unwrap())
 }
 
+/// The files of a certificate for 127.0.0.1 that is its own authority, and of its key, in a directory.
+pub fn self_signed(dir: &Path) -> (PathBuf, PathBuf) {
+    let key = rcgen::KeyPair::generate().unwrap();
+    let certificate = rcgen::CertificateParams::new(vec!["127.0.0.1".to_string()]).unwrap().self_signed(&key).unwrap();
+    let places = (dir.join("server.pem"), dir.join("server.key"));
+    fs::write(&places.0, certificate.pem()).unwrap();
+    write_private(&places.1, &key.serialize_pem());
+    places
+}
+
 /// A prefix that no other test uses.
 pub fn fresh_prefix() -> String {
     format!("test-{:016x}", keiki::base::random::random_u64())
