@@ -320,6 +320,8 @@ impl Feed {
             if self.offset > START_BYTES && at == START_BYTES {
                 at = self.offset;
                 walker = walker.resumed_at(at);
+                // Nothing may have been written since the backup.
+                continue;
             }
             let limit = if at < self.offset { self.offset.min(START_BYTES) } else { bytes };
             let wanted = usize::try_from(limit - at).unwrap_or(PIECE_BYTES).min(PIECE_BYTES);
