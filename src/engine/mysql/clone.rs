@@ -166,7 +166,12 @@ impl MariaDbCloner {
         let cancel = CancellationToken::new();
         match running_in(&site.data_dir) {
             Some(process) => grounds.wait_until_ready(process, &cancel).await,
-            None => Ok(grounds.start_quarantined(site, &[], &cancel).await?.1),
+            None => {
+                let more = [recovery::OUTLIVING.to_string()];
+                let (_, session) = grounds.start_quarantined(site, &more, &cancel).await?;
+                recovery::require_reached(&session, &site.run_dir).await?;
+                Ok(session)
+            }
         }
     }
 }

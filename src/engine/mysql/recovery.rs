@@ -11,6 +11,7 @@
 //! Serving the log as a replication source would need no list and no batches, but it needs a network in the quarantine
 //! and writes every byte once more; placed files were exact and applied at the speed of the applier (tried on 10.11).
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -41,6 +42,8 @@ pub use state::{forget, is_handed_over, mark_durable, mark_handed_over, require_
 
 /// How long the applier may take to end what it is doing when it is told to stop.
 const STOP_LIMIT: Duration = Duration::from_secs(600);
+/// For a server that holds what was recovered already: see `outlive_the_server`.
+pub const OUTLIVING: &str = "--innodb-flush-log-at-trx-commit=2";
 /// More workers than this wait for each other.
 const WORKERS_MAX: usize = 16;
 
@@ -98,6 +101,7 @@ impl Goal<'_> {
         state.save(&self.site.run_dir)?;
         let end = self.replay().await?;
         let recovered = self.verify(&end).await?;
+        outlive_the_server(&self.grounds.connect().await?).await?;
         state.phase = Phase::Recovered;
         state.end = Some(end);
         state.save(&self.site.run_dir)?;
@@ -108,7 +112,7 @@ impl Goal<'_> {
     async fn adopt(&self, state: &RecoveryState) -> Result<Recovered> {
         let end = state.end.clone().ok_or_else(|| stage_again("what it was recovered to was not written down"))?;
         if running_in(&self.site.data_dir).is_none() {
-            self.grounds.start_quarantined(self.site, &[], self.cancel).await?;
+            self.grounds.start_quarantined(self.site, &[OUTLIVING.to_string()], self.cancel).await?;
         }
         self.verify(&end).await
     }
@@ -272,6 +276,26 @@ impl Goal<'_> {
             last_commit_at: end.last_commit_at,
             verified,
         })
+    }
+}
+
+/// From now on what is committed is in the hands of the operating system, and so is all that was committed before:
+/// replay leaves its end in the memory of the server, where the death of the server would undo it.
+async fn outlive_the_server(session: &Session) -> Result<()> {
+    // The order counts: with 0 the server ignores the second statement (`innobase_flush_logs` in ha_innodb.cc).
+    for sql in ["SET GLOBAL innodb_flush_log_at_trx_commit = 2", "FLUSH LOCAL ENGINE LOGS", "FLUSH LOCAL TABLES"] {
+        session.query_within(STOP_LIMIT, sql).await?;
+    }
+    Ok(())
+}
+
+/// An error unless a server that was started again still has all that was recovered.
+pub async fn require_reached(session: &Session, run_dir: &Path) -> Result<()> {
+    let Some(end) = RecoveryState::load(run_dir)?.and_then(|state| state.end) else { return Ok(()) };
+    let found = slave_pos(session).await?;
+    match found == end.state {
+        true => Ok(()),
+        false => Err(wrong(format!("it was killed, and then had '{found}' instead of '{}'", end.state))),
     }
 }
 

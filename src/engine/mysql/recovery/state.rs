@@ -1,8 +1,8 @@
 //! What a recovery remembers in the clone's run directory, so that whoever comes after the death of the agent knows what
 //! the directory is.
 //!
-//! Replay runs without syncing, so its work survives the death of any process but not that of the machine: the boot id
-//! tells the two apart.
+//! Replay runs without syncing. What is recovered is then handed to the operating system, so that it survives the death of
+//! any process but not that of the machine: the boot id tells the two apart.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
