@@ -41,7 +41,7 @@ mod state;
 pub use claim::{Binding, claim_incarnation, read_binding, remove_binding, write_binding};
 pub use state::{ArchiveState, ArchiveStatus};
 
-use plan::{Archived, Limits, Reached, ShipAction, hole_before, plan_shipping, reached};
+use plan::{Archived, Limits, Reached, ShipAction, ShipPlan, hole_before, plan_shipping, reached};
 use state::Known;
 
 /// How often the lease is renewed while nobody asks: when there is new log to say, and when there is none. Each renewal is
@@ -379,7 +379,8 @@ impl Archiver {
                 known.behind_since.get_or_insert(listing.durable_end.observed_at);
             }
         }
-        let shipped = self.carry_out(plan.companions, plan.sealed, plan.open).await;
+        let has_more = plan.has_more;
+        let shipped = self.carry_out(plan).await;
         // Also after a failure: the others have arrived.
         let archived = self.archived(&listing).await?;
         let reached = reached(&listing, self.geometry.as_ref(), |name| archived.get(name).copied())?;
@@ -387,7 +388,7 @@ impl Archiver {
         shipped?;
         self.release(&reached).await.map_err(Failure::of_server)?;
         self.renew_if_due().await?;
-        Ok(Looked { has_more: plan.has_more, covered })
+        Ok(Looked { has_more, covered })
     }
 
     /// What the repository has of each listed file, without asking it about more than open files.
@@ -415,18 +416,27 @@ impl Archiver {
         shipped_at.is_none_or(|at| self.clock.now().duration_since(at) >= every)
     }
 
-    /// Companions one by one, whole files side by side, then the open file. Everything is tried; the first failure is
-    /// returned, one that must not be tried again before all others.
-    async fn carry_out(
-        &self,
-        companions: Vec<ShipAction>,
-        sealed: Vec<ShipAction>,
-        open: Option<ShipAction>,
-    ) -> Result<()> {
-        for action in companions {
+    /// What was archived before is compared, then companions one by one, whole files side by side, then the open file.
+    async fn carry_out(&self, plan: ShipPlan) -> Result<()> {
+        let compared = self.ship_side_by_side(plan.compared).await;
+        if compared.as_ref().is_err_and(is_final) {
+            return compared;
+        }
+        for action in plan.companions {
             self.ship(action).await?;
         }
-        let mut outcomes = futures_util::stream::iter(sealed)
+        self.ship_side_by_side(plan.sealed).await?;
+        if let Some(action) = plan.open {
+            self.ship(action).await?;
+            self.lock().open_shipped_at = Some(self.clock.now());
+        }
+        // What could not be read was archived before: new log need not wait for it.
+        compared
+    }
+
+    /// Everything is tried; the first failure is returned, one that must not be tried again before all others.
+    async fn ship_side_by_side(&self, actions: Vec<ShipAction>) -> Result<()> {
+        let mut outcomes = futures_util::stream::iter(actions)
             .map(|action| self.ship(action))
             .buffer_unordered(self.options.parallel_files.max(1));
         let mut first = Ok(());
@@ -437,12 +447,7 @@ impl Archiver {
                 (Err(_), _) => {}
             }
         }
-        first?;
-        if let Some(action) = open {
-            self.ship(action).await?;
-            self.lock().open_shipped_at = Some(self.clock.now());
-        }
-        Ok(())
+        first
     }
 
     async fn ship(&self, action: ShipAction) -> Result<()> {

@@ -31,6 +31,9 @@ pub struct ShipAction {
 /// What to do about one listing.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct ShipPlan {
+    /// Files of an earlier run that are compared with the server's, before anything new is archived: whatever follows
+    /// another history must not be archived behind this one.
+    pub compared: Vec<ShipAction>,
     /// Small files that say how to read the others, one after the other, before all else.
     pub companions: Vec<ShipAction>,
     /// Whole files, in any order and at the same time.
@@ -45,7 +48,7 @@ pub struct ShipPlan {
 
 impl ShipPlan {
     pub fn is_empty(&self) -> bool {
-        self.companions.is_empty() && self.sealed.is_empty() && self.open.is_none()
+        self.compared.is_empty() && self.companions.is_empty() && self.sealed.is_empty() && self.open.is_none()
     }
 }
 
@@ -69,7 +72,6 @@ pub fn plan_shipping(
     limits: Limits,
 ) -> Result<ShipPlan> {
     let mut plan = ShipPlan::default();
-    let mut to_compare = Vec::new();
     for file in &listing.files {
         let known = archived(&file.name);
         let is_companion = geometry.span(&file.name, 0)?.is_none();
@@ -80,7 +82,7 @@ pub fn plan_shipping(
                 if asked {
                     plan.push_whole(whole, is_companion, limits);
                 } else {
-                    to_compare.push((whole, is_companion));
+                    plan.compared.push(whole);
                 }
             }
             // The repository has it as finished and the server says that it is open: the writer refuses that.
@@ -98,10 +100,8 @@ pub fn plan_shipping(
             }
         }
     }
-    let skip = to_compare.len().saturating_sub(limits.compare_files_max);
-    for (action, is_companion) in to_compare.into_iter().skip(skip) {
-        plan.push_whole(action, is_companion, limits);
-    }
+    let skip = plan.compared.len().saturating_sub(limits.compare_files_max);
+    plan.compared.drain(..skip);
     Ok(plan)
 }
 
@@ -235,10 +235,10 @@ mod tests {
             };
             let limits = Limits { sealed_files_max: 10, ..LIMITS };
             let plan = plan_shipping(&listing, &FakeGeometry, archived, limits).unwrap();
-            (names(&plan.sealed).join(" "), plan.backlog_bytes)
+            (names(&plan.compared).join(" "), names(&plan.sealed).join(" "), plan.backlog_bytes)
         };
-        assert_eq!(plan("", "00000005"), ("00000003 00000004".into(), 0));
-        assert_eq!(plan("00000001", ""), ("00000001 00000004 00000005".into(), 0));
+        assert_eq!(plan("", "00000005"), ("00000003 00000004".into(), "".into(), 0));
+        assert_eq!(plan("00000001", ""), ("00000004 00000005".into(), "00000001".into(), 0));
     }
 
     #[test]
