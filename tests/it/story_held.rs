@@ -64,7 +64,7 @@ fn story_held_clone_is_durable_and_closed_and_survives_a_restart_of_the_machine(
     stage.b.keiki_ok(&["accept", "copy"]);
     assert_eq!(super::support::two_hosts::sql_at(&stage.source, port, "SELECT i FROM noted"), "1");
     super::support::two_hosts::sql_at(&stage.source, port, "DROP TABLE noted");
-    stage.assert_clone_is_exact(port);
+    stage.assert_clone_is_exact(&stage.clone_at("copy", port));
     stage.b.keiki_ok(&["discard", "copy", "--yes"]);
 }
 

@@ -40,7 +40,7 @@ fn a_clone_does_not_inherit_the_slot_of_its_source() {
     stage.a.keiki_ok(&["backup", "create", "orders"]);
     let port = super::support::hosts::free_port();
     stage.a.keiki_ok(&["clone", "orders", "--to", "b", "--as", "copy", "--port", &port.to_string(), "--latest"]);
-    stage.assert_clone_is_exact(port);
+    stage.assert_clone_is_exact(&stage.clone_at("copy", port));
     let slots = super::support::two_hosts::sql_at(&stage.source, port, SLOTS);
     assert!(!slots.contains("keiki_orders"), "the clone has its source's slot: {slots}");
     stage.b.keiki_ok(&["discard", "copy", "--yes"]);

@@ -3,6 +3,7 @@
 pub mod hosts;
 pub mod ledger;
 pub mod mariadb;
+pub mod matrix;
 pub mod postgres;
 pub mod redis;
 pub mod s3;

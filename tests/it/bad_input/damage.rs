@@ -157,7 +157,7 @@ fn damage_in_the_repository_is_found_before_a_clone_is_handed_over() {
     let host = start_on(&stage, 90, &copy);
     let port = free_port().to_string();
     host.keiki_ok(&["clone", "orders", "--as", "copy", "--latest", "--port", &port]);
-    stage.assert_clone_is_exact(port.parse().unwrap());
+    stage.assert_clone_is_exact(&stage.clone_at("copy", port.parse().unwrap()));
     host.keiki_ok(&["discard", "copy", "--yes"]);
     insta::assert_snapshot!(said.finish());
 }

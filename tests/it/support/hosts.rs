@@ -133,6 +133,17 @@ impl Host {
     /// Starts a second agent with the configuration, the certificate and a copy of the state of another one that runs;
     /// only its control socket and its address are its own.
     pub fn start_twin(lab: &Lab, first: &Host, dir_name: &str, listen_port: u16) -> Host {
+        Host::start_twin_with(lab, first, dir_name, listen_port, |text| text)
+    }
+
+    /// The same with a change of the configuration.
+    pub fn start_twin_with(
+        lab: &Lab,
+        first: &Host,
+        dir_name: &str,
+        listen_port: u16,
+        change: impl FnOnce(String) -> String,
+    ) -> Host {
         let dir = lab.path(dir_name);
         fs::create_dir(&dir).unwrap();
         let copied = Command::new("cp").arg("-a").arg(first.dir.join("state")).arg(&dir).status().unwrap();
@@ -143,7 +154,7 @@ impl Host {
         let own = format!("{before}[listen]\naddress = \"127.0.0.1:{listen_port}\"{after}")
             .replace(first.dir.to_str().unwrap(), dir.to_str().unwrap());
         let config = dir.join("keiki.toml");
-        fs::write(&config, own).unwrap();
+        fs::write(&config, change(own)).unwrap();
         let mut twin = Host { name: first.name.clone(), dir, config, agent: None };
         twin.start_agent();
         twin
@@ -175,6 +186,10 @@ impl Host {
             .spawn()
             .unwrap();
         self.agent = Some(child);
+    }
+
+    pub fn is_running(&self) -> bool {
+        self.agent.is_some()
     }
 
     /// Process id of the running agent.

@@ -16,7 +16,7 @@ use keiki::base::users::User;
 use keiki::engine::mysql::MariaDbSource;
 use keiki::engine::mysql::session::{Endpoint, Rows, Session};
 
-use super::postgres::{server_user, spawn_that_dies_with_us, wait_until};
+use super::postgres::{end_cleanly, server_user, spawn_that_dies_with_us, wait_until};
 
 /// The servers that tests know.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -91,26 +91,36 @@ impl MariaServer {
 
     /// The same of any release.
     pub fn start_release(release: Release, arguments: &[&str]) -> MariaServer {
+        let arguments: Vec<String> = arguments.iter().map(|argument| argument.to_string()).collect();
+        let mut server = MariaServer::prepare(release, &arguments);
+        std::fs::remove_dir(&server.data_dir).unwrap();
+        let mut install = release.server_command("mariadb-install-db");
+        install.args(["--auth-root-authentication-method=socket", "--skip-test-db"]);
+        install.arg(format!("--auth-root-socket-user={}", server.user.name));
+        install.arg(format!("--datadir={}", server.data_dir.display()));
+        // A server that starts removes the temporary tables of all others from a shared directory.
+        install.arg(format!("--tmpdir={}", server.work_dir.display()));
+        as_user(&mut install, &server.user);
+        let output = install.output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        server.launch();
+        server
+    }
+
+    /// Directories for a server, without tables and nothing started: a test puts files into `data_dir` and calls
+    /// `launch`.
+    pub fn prepare(release: Release, arguments: &[String]) -> MariaServer {
         let root = tempfile::Builder::new().prefix("keiki-mdb").tempdir().unwrap();
         std::fs::set_permissions(root.path(), PermissionsExt::from_mode(0o755)).unwrap();
         let user = server_user();
         let work_dir = root.path().join("w");
-        std::fs::create_dir(&work_dir).unwrap();
-        own(&work_dir, &user);
         let data_dir = work_dir.join("data");
-        let mut install = release.server_command("mariadb-install-db");
-        install.args(["--auth-root-authentication-method=socket", "--skip-test-db"]);
-        install.arg(format!("--auth-root-socket-user={}", user.name)).arg(format!("--datadir={}", data_dir.display()));
-        // A server that starts removes the temporary tables of all others from a shared directory.
-        install.arg(format!("--tmpdir={}", work_dir.display()));
-        as_user(&mut install, &user);
-        let output = install.output().unwrap();
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        let arguments = arguments.iter().map(|argument| argument.to_string()).collect();
-        let socket = work_dir.join("s");
-        let mut server = MariaServer { release, work_dir, data_dir, socket, user, arguments, child: None, _root: root };
-        server.launch();
-        server
+        for path in [&work_dir, &data_dir] {
+            std::fs::create_dir(path).unwrap();
+            own(path, &user);
+        }
+        let (socket, arguments) = (work_dir.join("s"), arguments.to_vec());
+        MariaServer { release, work_dir, data_dir, socket, user, arguments, child: None, _root: root }
     }
 
     /// Starts the server again.
@@ -192,6 +202,18 @@ impl MariaServer {
     /// Runs one statement.
     pub async fn sql(&self, sql: &str) -> Rows {
         self.connect().await.query(sql).await.unwrap_or_else(|error| panic!("{sql}: {error}"))
+    }
+
+    /// Process id of the running server.
+    pub fn pid(&self) -> u32 {
+        self.child.as_ref().expect("a running server").id()
+    }
+
+    /// SIGTERM, and waits for the end.
+    pub fn stop(&mut self) {
+        if let Some(child) = self.child.take() {
+            end_cleanly(child);
+        }
     }
 
     /// Ends the server as a power cut would end its process.

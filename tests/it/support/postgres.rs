@@ -499,6 +499,12 @@ fn run_with_input(mut command: Command, input: &str) -> Output {
     output
 }
 
+/// SIGTERM, and waits until the process has ended.
+pub fn end_cleanly(mut child: Child) {
+    signal(child.id(), libc::SIGTERM);
+    wait_until("the server ends", || child.try_wait().expect("a child"));
+}
+
 type SpawnRequest = (Command, mpsc::Sender<std::io::Result<Child>>);
 
 /// Starts a program that gets SIGQUIT when this process dies, even by SIGKILL. The kernel sends it when the **thread**

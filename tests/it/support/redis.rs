@@ -14,7 +14,7 @@ use keiki::engine::redis::session::{Address, Endpoint};
 use keiki::model::engine_kind::EngineKind;
 
 use super::hosts::wait_for;
-use super::postgres::server_user;
+use super::postgres::{end_cleanly, server_user};
 
 /// The directory of the programs, as `packaging/test-servers.sh` has found or made it.
 pub fn bin_dir() -> PathBuf {
@@ -36,6 +36,13 @@ pub struct TestRedis {
 impl TestRedis {
     /// Starts a server with an append-only file that has times; `settings` come after that.
     pub fn start(settings: &[(&str, &str)]) -> TestRedis {
+        let mut server = TestRedis::prepare(settings);
+        server.start_again();
+        server
+    }
+
+    /// An empty data directory, and nothing started.
+    pub fn prepare(settings: &[(&str, &str)]) -> TestRedis {
         let dir = tempfile::Builder::new().prefix("keiki-redis-").tempdir_in("/tmp").unwrap();
         fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
         let data_dir = dir.path().join("data");
@@ -46,9 +53,7 @@ impl TestRedis {
         }
         let socket = dir.path().join("s");
         let settings = settings.iter().map(|(name, value)| (name.to_string(), value.to_string())).collect();
-        let mut server = TestRedis { data_dir, socket, settings, child: None, _dir: dir };
-        server.start_again();
-        server
+        TestRedis { data_dir, socket, settings, child: None, _dir: dir }
     }
 
     /// Starts the server that was stopped or killed.
@@ -95,6 +100,18 @@ impl TestRedis {
     /// Asks for something and expects that it is done.
     pub fn run(&self, words: &[&str]) -> Answer {
         self.client().run(words)
+    }
+
+    /// Process id of the running server.
+    pub fn pid(&self) -> u32 {
+        self.child.as_ref().expect("a running server").id()
+    }
+
+    /// SIGTERM, and waits for the end.
+    pub fn stop(&mut self) {
+        if let Some(child) = self.child.take() {
+            end_cleanly(child);
+        }
     }
 
     /// SIGKILL.
@@ -192,14 +209,26 @@ impl Client {
     }
 
     pub fn ask(&mut self, words: &[&[u8]]) -> Answer {
+        self.send(words).unwrap();
+        self.answer()
+    }
+
+    /// The same; nothing if the server is gone.
+    pub fn try_ask(&mut self, words: &[&[u8]]) -> Option<Answer> {
+        self.send(words).ok()?;
+        // Whether there is an answer at all.
+        self.stream.fill_buf().ok().filter(|bytes| !bytes.is_empty())?;
+        Some(self.answer())
+    }
+
+    fn send(&mut self, words: &[&[u8]]) -> std::io::Result<()> {
         let mut request = format!("*{}\r\n", words.len()).into_bytes();
         for word in words {
             request.extend(format!("${}\r\n", word.len()).into_bytes());
             request.extend_from_slice(word);
             request.extend_from_slice(b"\r\n");
         }
-        self.stream.get_mut().write_all(&request).unwrap();
-        self.answer()
+        self.stream.get_mut().write_all(&request)
     }
 
     fn answer(&mut self) -> Answer {

@@ -1,5 +1,6 @@
-//! The usual stage of a story: host a with a PostgreSQL that archives into a directory, host b for clones, and the
-//! comparison that says whether a copy is exact.
+//! The usual stage of a story: host a with a server whose log goes into a directory, host b for clones, and the
+//! comparison that says whether a copy is exact. The server is any row of the matrix; where a story is about PostgreSQL
+//! alone it is that.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -11,6 +12,7 @@ use std::time::Duration;
 use serde_json::Value;
 
 use super::hosts::{Host, HostOptions, KEIKI, Lab, fingerprint, free_port, instance_section, wait_for};
+use super::matrix::{CloneAt, Contents, SourceServer};
 use super::postgres::{ServerOptions, TestServer, Version};
 
 /// How long anything may take that ought to happen soon.
@@ -33,10 +35,10 @@ pub enum Via {
 }
 
 /// See the module. A value of each thing that a story may want to stop, start or break.
-pub struct TwoHosts {
+pub struct TwoHosts<S = TestServer> {
     pub a: Host,
     pub b: Host,
-    pub source: TestServer,
+    pub source: S,
     pub repository: PathBuf,
     // Dropped last: everything lies in it.
     pub lab: Lab,
@@ -70,30 +72,35 @@ impl TwoHosts {
             Ship::Slot => "slot",
         };
         let source = options.start();
+        let section = instance_section("orders", &source, &format!("ship = \"{ship_text}\"\nship_every = \"1s\""));
+        TwoHosts::around(lab, source, &section, via, url)
+    }
+}
+
+impl<S: SourceServer> TwoHosts<S> {
+    /// A source that is the row of the matrix; both agents run and the log is being shipped.
+    pub fn of(via: Via) -> TwoHosts<S> {
+        let lab = Lab::new();
+        let repository = lab.path("repository");
+        fs::create_dir(&repository).unwrap();
+        let source = S::start(&lab);
+        let section = source.instance_section("orders");
+        TwoHosts::around(lab, source, &section, via, &format!("file://{}", repository.display()))
+    }
+
+    fn around(lab: Lab, source: S, instance: &str, via: Via, url: &str) -> TwoHosts<S> {
         let (port_a, port_b) = (free_port(), free_port());
-        let a = Host::start(
-            &lab,
-            &HostOptions {
-                name: "a",
-                repository: url.to_string(),
-                peers: vec![("b", port_b)],
-                sections: instance_section("orders", &source, &format!("ship = \"{ship_text}\"\nship_every = \"1s\"")),
-                listen_port: port_a,
-                clone_bin_dir: &source.bin_dir,
-            },
-        );
+        let bin_dir = source.bin_dir();
+        let host = |name, repository: &str, peer, sections, listen_port| {
+            let repository = repository.to_string();
+            let peers = vec![peer];
+            HostOptions { name, repository, peers, sections, listen_port, clone_bin_dir: &bin_dir }
+        };
+        let clones = source.clone_sections();
+        let a = Host::start(&lab, &host("a", url, ("b", port_b), format!("{clones}{instance}"), port_a));
         a.keiki_ok(&["repository", "init"]);
-        let b = Host::start(
-            &lab,
-            &HostOptions {
-                name: "b",
-                repository: if via == Via::Peer { "peer://a".to_string() } else { url.to_string() },
-                peers: vec![("a", port_a)],
-                sections: String::new(),
-                listen_port: port_b,
-                clone_bin_dir: &source.bin_dir,
-            },
-        );
+        let url_b = if via == Via::Peer { "peer://a" } else { url };
+        let b = Host::start(&lab, &host("b", url_b, ("a", port_a), clones, port_b));
         let stage = TwoHosts { a, b, source, repository: lab.path("repository"), lab };
         stage.wait_until_archiving();
         stage
@@ -113,6 +120,12 @@ impl TwoHosts {
         self.lab.path("clones-b").join(name)
     }
 
+    /// A clone of host b with this name and port.
+    pub fn clone_at(&self, name: &str, port: u16) -> CloneAt {
+        let data_dir = self.clone_dir(name);
+        CloneAt { run_dir: data_dir.with_extension("run"), data_dir, port }
+    }
+
     /// The directory of an instance's incarnation in the repository.
     pub fn incarnation_dir(&self, host: &Host, name: &str) -> PathBuf {
         let incarnation = host.instance(name)["incarnation"].as_str().expect("an incarnation").to_string();
@@ -128,21 +141,31 @@ impl TwoHosts {
         let port = free_port();
         let arguments = ["clone", "orders", "--to", "b", "--as", name, "--port", &port.to_string(), "--latest"];
         self.a.keiki_ok(&arguments);
-        self.assert_clone_is_exact(port);
+        self.assert_clone_is_exact(&self.clone_at(name, port));
         self.b.keiki_ok(&["discard", name, "--yes"]);
         assert!(!self.clone_dir(name).exists(), "a discarded clone left its directory");
     }
 
     /// Compares a running clone with the source, on which nobody may write meanwhile.
-    pub fn assert_clone_is_exact(&self, port: u16) {
-        let wanted = contents(&self.source, self.source.port);
+    pub fn assert_clone_is_exact(&self, clone: &CloneAt) {
+        let wanted = self.source.contents();
         assert!(!wanted.is_empty(), "a comparison of nothing proves nothing");
-        let found = contents(&self.source, port);
-        assert_eq!(found, wanted, "the clone is not exact");
-        assert_eq!(sql_at(&self.source, port, "SELECT pg_is_in_recovery()"), "f");
-        // It can be written to: a clone is not a replica.
-        sql_at(&self.source, port, "CREATE TABLE written_by_the_clone (i int)");
+        assert_eq!(
+            difference(&self.source.contents_of(clone), &wanted),
+            Vec::<String>::new(),
+            "the clone is not exact"
+        );
+        // It can be written to: a clone is not a replica. That a difference is seen is seen here, too.
+        self.source.write_to(clone);
+        assert_ne!(self.source.contents_of(clone), wanted, "what was written to the clone is not there");
     }
+}
+
+/// What is not the same in two contents; at most the first ten.
+pub fn difference(found: &Contents, wanted: &Contents) -> Vec<String> {
+    let keys: std::collections::BTreeSet<_> = found.keys().chain(wanted.keys()).collect();
+    let differ = keys.into_iter().filter(|key| found.get(*key) != wanted.get(*key));
+    differ.map(|key| format!("'{key}' is {:?} and not {:?}", found.get(key), wanted.get(key))).take(10).collect()
 }
 
 /// What psql prints for a server on loopback; `programs` is any server of the same machine, for its psql and role.
