@@ -124,6 +124,7 @@ pub struct CloneConfig {
     pub listen_addresses: String,
     pub mariadb: CloneEngineConfig,
     pub redis: CloneEngineConfig,
+    pub valkey: CloneEngineConfig,
 }
 
 /// What clones of one engine get, where it differs from the rest.
@@ -359,9 +360,10 @@ impl Reader<'_> {
     fn instance(&self, raw: &raw::RawInstance) -> Result<InstanceConfig> {
         let engine = self.parse(&raw.engine, EngineKind::parse)?;
         self.only_keys_of(engine, raw)?;
-        let is_redis = engine == EngineKind::Redis;
+        let is_redis = matches!(engine, EngineKind::Redis | EngineKind::Valkey);
         let (account, port) = match engine {
             EngineKind::Redis => ("redis", 6379),
+            EngineKind::Valkey => ("valkey", 6379),
             EngineKind::MariaDb => ("mysql", 3306),
             EngineKind::Postgres | EngineKind::Fake => ("postgres", 5432),
         };
@@ -405,7 +407,7 @@ impl Reader<'_> {
         let others_only = [("socket", &raw.socket), ("password_file", &raw.password_file)];
         let postgres_only = [("socket_dir", &raw.socket_dir), ("database", &raw.database), ("ship", &raw.ship)];
         let strangers: &[(&str, &Option<raw::Text>)] = match engine {
-            EngineKind::Redis | EngineKind::MariaDb => &postgres_only,
+            EngineKind::Redis | EngineKind::Valkey | EngineKind::MariaDb => &postgres_only,
             EngineKind::Postgres | EngineKind::Fake => &others_only,
         };
         let found = strangers.iter().find_map(|(key, value)| value.as_ref().map(|text| (key, text.span())));
@@ -453,6 +455,7 @@ impl Reader<'_> {
             listen_addresses: self.word_or(&raw.listen_addresses, "localhost")?,
             mariadb: self.clone_engine(&raw.mariadb, "mysql")?,
             redis: self.clone_engine(&raw.redis, "redis")?,
+            valkey: self.clone_engine(&raw.valkey, "valkey")?,
         })
     }
 

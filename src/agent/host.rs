@@ -216,7 +216,7 @@ fn shell_word(path: &str) -> String {
 
 fn engine_of(config: &InstanceConfig, archive_command: String) -> Arc<dyn Engine> {
     match config.engine {
-        EngineKind::Redis => return Arc::new(RedisEngine::new(redis_source(config))),
+        EngineKind::Redis | EngineKind::Valkey => return Arc::new(RedisEngine::new(redis_source(config))),
         EngineKind::MariaDb => return Arc::new(MariaDbEngine::new(mariadb_source(config))),
         EngineKind::Postgres | EngineKind::Fake => {}
     }

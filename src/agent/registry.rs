@@ -92,7 +92,7 @@ fn read(path: &Path) -> Result<Registered> {
 /// An accepted clone in the words of the configuration.
 pub fn config_of(clone: &NewInstance) -> InstanceConfig {
     let user = match clone.engine {
-        EngineKind::Redis => redis::AGENT_USER.to_string(),
+        EngineKind::Redis | EngineKind::Valkey => redis::AGENT_USER.to_string(),
         EngineKind::MariaDb => mysql::clone::ACCOUNT.to_string(),
         EngineKind::Postgres | EngineKind::Fake => clone.run_as.clone(),
     };
@@ -114,7 +114,9 @@ pub fn config_of(clone: &NewInstance) -> InstanceConfig {
 fn instance_of(kept: RegisteredInstance, engine: EngineKind) -> InstanceConfig {
     let in_run_dir = |name: &str| Some(kept.socket_dir.join(name));
     let (socket, password_file) = match engine {
-        EngineKind::Redis => (in_run_dir(redis::SOCKET_FILE), in_run_dir(redis::AGENT_PASSWORD_FILE)),
+        EngineKind::Redis | EngineKind::Valkey => {
+            (in_run_dir(redis::SOCKET_FILE), in_run_dir(redis::AGENT_PASSWORD_FILE))
+        }
         EngineKind::MariaDb => (in_run_dir(mysql::clone::SOCKET_FILE), in_run_dir(mysql::clone::PASSWORD_FILE)),
         EngineKind::Postgres | EngineKind::Fake => (None, None),
     };

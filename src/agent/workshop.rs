@@ -26,7 +26,7 @@ pub fn clone_engine(kind: EngineKind) -> Option<Arc<dyn CloneEngine>> {
     match kind {
         EngineKind::Postgres => Some(Arc::new(PostgresCloner::default())),
         EngineKind::MariaDb => Some(Arc::new(MariaDbCloner::default())),
-        EngineKind::Redis => Some(Arc::new(RedisCloner::default())),
+        EngineKind::Redis | EngineKind::Valkey => Some(Arc::new(RedisCloner::of(kind))),
         EngineKind::Fake => None,
     }
 }
@@ -37,6 +37,7 @@ fn growers(config: &CloneConfig) -> BTreeMap<EngineKind, Grower> {
         (EngineKind::Postgres, &config.run_as, &config.bin_dir),
         (EngineKind::MariaDb, &config.mariadb.run_as, &config.mariadb.bin_dir),
         (EngineKind::Redis, &config.redis.run_as, &config.redis.bin_dir),
+        (EngineKind::Valkey, &config.valkey.run_as, &config.valkey.bin_dir),
     ];
     let growers = places.into_iter().filter_map(|(kind, run_as, bin_dir)| {
         let engine = clone_engine(kind)?;

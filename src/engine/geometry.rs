@@ -32,7 +32,7 @@ pub trait LogGeometry: Send + Sync {
 pub fn log_geometry(kind: EngineKind, facts: &BTreeMap<String, String>) -> Result<Arc<dyn LogGeometry>> {
     match kind {
         EngineKind::Postgres => Ok(Arc::new(WalGeometry::from_facts(facts)?)),
-        EngineKind::Redis => Ok(Arc::new(AofGeometry)),
+        EngineKind::Redis | EngineKind::Valkey => Ok(Arc::new(AofGeometry)),
         EngineKind::Fake => Ok(Arc::new(FakeGeometry)),
         EngineKind::MariaDb => Ok(Arc::new(BinlogGeometry)),
     }

@@ -28,7 +28,7 @@ pub fn plain_log_dir(engine: EngineKind) -> Option<&'static str> {
     match engine {
         EngineKind::Postgres => Some("pg_wal"),
         EngineKind::Fake => Some("log"),
-        EngineKind::MariaDb | EngineKind::Redis => None,
+        EngineKind::MariaDb | EngineKind::Redis | EngineKind::Valkey => None,
     }
 }
 
@@ -42,7 +42,7 @@ pub fn plain_advice(engine: EngineKind) -> &'static str {
         // MariaDB knowledge base, "mariadb-backup Overview", section "Preparing the Backup".
         EngineKind::MariaDb => "run 'mariadb-backup --prepare --target-dir=DIR' before a server is started there",
         // What the backup holds of an append-only file is its base: a whole data set by itself.
-        EngineKind::Redis => {
+        EngineKind::Redis | EngineKind::Valkey => {
             "the base is a data file of the moment of the backup: put it in the place of 'dump.rdb' of a server without an \
              append-only file"
         }

@@ -1,4 +1,4 @@
-//! Redis 7 and later.
+//! Redis 7 and later, and Valkey.
 //!
 //! The log is the append-only file: its increments, numbered by keiki (`hold`), shipped byte by byte up to the last
 //! command that is whole and durable. A base backup is the base of that file, which the server has on its disk anyway, so

@@ -8,6 +8,7 @@ pub enum EngineKind {
     Postgres,
     MariaDb,
     Redis,
+    Valkey,
     /// The counting pretence of a database that keeps the `Engine` trait honest in tests.
     Fake,
 }
@@ -17,6 +18,7 @@ impl EngineKind {
         (EngineKind::Postgres, "postgres"),
         (EngineKind::MariaDb, "mariadb"),
         (EngineKind::Redis, "redis"),
+        (EngineKind::Valkey, "valkey"),
         (EngineKind::Fake, "fake"),
     ];
 
@@ -33,7 +35,7 @@ impl EngineKind {
     pub fn parse(name: &str) -> Result<EngineKind> {
         Self::NAMES.iter().find(|row| row.1 == name).map(|row| row.0).ok_or_else(|| {
             Error::new(Kind::Unsupported, format!("engine '{name}' is not known"))
-                .hint("this version of keiki knows 'postgres', 'mariadb' and 'redis'")
+                .hint("this version of keiki knows 'postgres', 'mariadb', 'redis' and 'valkey'")
         })
     }
 }

@@ -21,6 +21,7 @@ use keiki::model::target::Target;
 use tokio_util::sync::CancellationToken;
 
 use crate::support::postgres::Version;
+use crate::support::redis::Product;
 
 mod fake;
 mod postgres;
@@ -321,4 +322,14 @@ async fn postgres_18_keeps_the_contract() {
 #[tokio::test(flavor = "multi_thread")]
 async fn redis_7_keeps_the_contract() {
     hold_all(&redis::RedisSubject::start()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn redis_8_keeps_the_contract() {
+    hold_all(&redis::RedisSubject::start_of(Product::Redis8)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn valkey_9_keeps_the_contract() {
+    hold_all(&redis::RedisSubject::start_of(Product::Valkey9)).await;
 }

@@ -28,5 +28,6 @@ mod story_slot;
 mod redis_source;
 mod store_contract;
 mod story_redis;
+mod story_valkey;
 mod story_mariadb;
 mod story_postgres;

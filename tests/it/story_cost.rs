@@ -151,7 +151,8 @@ fn io_counter(process: u32, name: &str) -> u64 {
     proc_number(process, "io", name)
 }
 
-fn peak_bytes(process: u32) -> u64 {
+/// The most that a process has had in memory.
+pub fn peak_bytes(process: u32) -> u64 {
     proc_number(process, "status", "VmHWM") * 1024
 }
 

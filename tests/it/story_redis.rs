@@ -1,4 +1,4 @@
-//! The ledger story on a real Redis: writers on several connections change strings, hashes, lists, streams and keys that
+//! The ledger story on a real Redis or Valkey: writers on several connections change strings, hashes, lists, streams and keys that
 //! expire, in plain commands, transactions and scripts, with binary values and one of 100 MB, while the append-only file is
 //! rewritten, snapshots are saved and backups are taken. Then clones are made of many moments, and each must hold exactly
 //! what was executed by then: every key is compared by DUMP with a model server that repeats the writers' operations.
@@ -13,13 +13,16 @@ use std::time::{Duration, Instant};
 use jiff::Timestamp;
 use keiki::base::random::random_u64;
 
+use super::story_cost::peak_bytes;
 use super::support::hosts::{Host, HostOptions, Lab, free_port, wait_for};
 use super::support::postgres::server_user;
-use super::support::redis::{Answer, Client, TestRedis, bin_dir};
+use super::support::redis::{Answer, Client, Product, TestRedis};
 
 const WRITERS: usize = 4;
 const RANDOM_TIMES: usize = 8;
 const BIG_VALUE_BYTES: usize = 100 << 20;
+/// What an agent may take, whatever passes through it.
+const AGENT_MIB_MAX: u64 = 400;
 /// A moment far away, for keys that expire then.
 const EXPIRES_AT_MILLIS: &str = "4102444800000";
 
@@ -136,15 +139,15 @@ struct Scene {
     lab: Lab,
 }
 
-fn scene() -> Scene {
+fn scene(product: Product) -> Scene {
     let lab = Lab::new();
     let repository = lab.path("repository");
     std::fs::create_dir(&repository).unwrap();
-    let source = TestRedis::start(&[("auto-aof-rewrite-percentage", "0")]);
+    let source = TestRedis::start_of(product, &[("auto-aof-rewrite-percentage", "0")]);
     let (port_a, port_b) = (free_port(), free_port());
-    let bin_dir = bin_dir();
+    let (bin_dir, engine) = (product.bin_dir(), product.engine().name());
     let instance = format!(
-        "[[instance]]\nname = \"cart\"\nengine = \"redis\"\ndata_dir = \"{}\"\nsocket = \"{}\"\nrun_as = \"{}\"\nship_every = \"1s\"\n",
+        "[[instance]]\nname = \"cart\"\nengine = \"{engine}\"\ndata_dir = \"{}\"\nsocket = \"{}\"\nrun_as = \"{}\"\nship_every = \"1s\"\n",
         source.data_dir.display(),
         source.socket.display(),
         server_user().name
@@ -162,7 +165,7 @@ fn scene() -> Scene {
     );
     a.keiki_ok(&["repository", "init"]);
     let clone_section =
-        format!("[clone.redis]\nrun_as = \"{}\"\nbin_dir = \"{}\"\n", server_user().name, bin_dir.display());
+        format!("[clone.{engine}]\nrun_as = \"{}\"\nbin_dir = \"{}\"\n", server_user().name, bin_dir.display());
     let b = Host::start(
         &lab,
         &HostOptions {
@@ -180,7 +183,17 @@ fn scene() -> Scene {
 
 #[test]
 fn story_redis_7_every_key_is_there_exactly_as_it_was_by_then() {
-    let mut scene = scene();
+    tell(Product::Redis7);
+}
+
+#[test]
+fn story_redis_8_every_key_is_there_exactly_as_it_was_by_then() {
+    tell(Product::Redis8);
+}
+
+/// Tells the whole story.
+pub fn tell(product: Product) {
+    let mut scene = scene(product);
     let settings_before = scene.source.run(&["CONFIG", "GET", "*"]);
     let (done, big, mut trials) = write_history(&mut scene);
     let operations: usize = done.iter().map(Vec::len).sum();
@@ -189,7 +202,7 @@ fn story_redis_7_every_key_is_there_exactly_as_it_was_by_then() {
     let now = Timestamp::now();
     trials.push(Trial { title: "latest".into(), arguments: vec!["--latest".into()], moment: Moment(now, now) });
 
-    let model = TestRedis::start(&[("appendonly", "no")]);
+    let model = TestRedis::start_of(product, &[("appendonly", "no")]);
     let (mut passed, mut failures) = (0, Vec::new());
     for (number, trial) in trials.iter().enumerate() {
         match clone_and_compare(&scene, &model, number, trial, &done, big) {
@@ -210,6 +223,14 @@ fn story_redis_7_every_key_is_there_exactly_as_it_was_by_then() {
     match held_for_nothing(&scene) {
         0 => passed += 1,
         bytes => failures.push(format!("{bytes} bytes of log are still held on the source, although they are shipped")),
+    }
+    let peak = peak_mib(&scene.a).max(peak_mib(&scene.b));
+    println!("peak memory of the agents after all clones: {} and {} MiB", peak_mib(&scene.a), peak_mib(&scene.b));
+    match peak < AGENT_MIB_MAX {
+        true => passed += 1,
+        false => {
+            failures.push(format!("an agent took {peak} MiB, but a value of 100 MB must not be in memory as a whole"))
+        }
     }
     println!("{passed} passed, {} failed", failures.len());
     assert!(failures.is_empty(), "{}", failures.join("\n"));
@@ -312,6 +333,7 @@ fn say_cost(scene: &Scene, done: &[Vec<Done>]) {
         at(1000)
     );
     let info = |key: &str| scene.source.info(key);
+    println!("peak memory of the agents: {} and {} MiB", peak_mib(&scene.a), peak_mib(&scene.b));
     println!(
         "the source: peak memory {}, last fork {} us, {} rewrites, {} snapshots, {} delayed fsyncs",
         info("used_memory_peak_human"),
@@ -320,6 +342,10 @@ fn say_cost(scene: &Scene, done: &[Vec<Done>]) {
         info("rdb_saves"),
         info("aof_delayed_fsync")
     );
+}
+
+fn peak_mib(host: &Host) -> u64 {
+    peak_bytes(host.agent_process_id()) >> 20
 }
 
 fn clone_and_compare(
@@ -338,7 +364,8 @@ fn clone_and_compare(
     let output = scene.a.keiki(&arguments);
     if !output.status.success() {
         let said = String::from_utf8_lossy(&output.stderr);
-        return Err(format!("{}{said}", String::from_utf8_lossy(&output.stdout)));
+        let job: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
+        return Err(format!("{}: {}{said}", job["error"]["message"], job["error"]["hint"]));
     }
     let took = began.elapsed();
     let socket = scene.lab.path("clones-b").join(format!("{name}.run")).join("redis.sock");

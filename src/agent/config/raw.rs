@@ -148,6 +148,8 @@ pub struct RawClone {
     pub mariadb: RawCloneEngine,
     #[serde(default)]
     pub redis: RawCloneEngine,
+    #[serde(default)]
+    pub valkey: RawCloneEngine,
 }
 
 #[derive(Deserialize, Default)]

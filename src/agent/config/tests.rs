@@ -561,6 +561,7 @@ fn the_sample_file_shows_exactly_the_keys_that_exist() {
         ("clone", "[clone]\n?"),
         ("clone.mariadb", "[clone.mariadb]\n?"),
         ("clone.redis", "[clone.redis]\n?"),
+        ("clone.valkey", "[clone.valkey]\n?"),
         ("allow", "[[allow]]\n?"),
         ("limits", "[limits]\n?"),
     ];

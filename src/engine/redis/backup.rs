@@ -303,7 +303,8 @@ fn module_of(reply: Reply) -> Result<Module> {
     while let (Some(name), Some(value)) = (values.next(), values.next()) {
         match name.text()?.as_str() {
             "name" => module.name = value.text()?,
-            "path" => module.path = value.text()?,
+            // What is built into the server has a word here, as `lua` in Valkey 9.
+            "path" => module.path = Some(value.text()?).filter(|path| path.contains('/')).unwrap_or_default(),
             "args" => {
                 module.arguments = value.list()?.into_iter().map(Reply::text).collect::<Result<_>>()?;
             }
@@ -316,6 +317,15 @@ fn module_of(reply: Reply) -> Result<Module> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_module_that_is_built_in_has_no_path() {
+        let text = |text: &str| Reply::Text(text.as_bytes().to_vec());
+        let entry =
+            |path: &str| module_of(Reply::List(vec![text("name"), text("m"), text("path"), text(path)])).unwrap();
+        assert_eq!(entry("/lib/m.so").path, "/lib/m.so");
+        assert_eq!((entry("lua").path, entry("").path), (String::new(), String::new()));
+    }
 
     #[test]
     fn the_first_second_that_a_backup_can_show_is_not_before_its_end() {

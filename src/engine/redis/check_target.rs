@@ -9,24 +9,22 @@ use crate::base::memory::memory;
 use crate::base::users::User;
 use crate::engine::CloneSite;
 use crate::engine::redis::backup::{RDB_VERSION_FACT, USED_MEMORY_FACT};
+use crate::engine::redis::clone::RedisCloner;
 use crate::engine::redis::ondisk::rdb::{RdbFamily, RdbVersion};
 use crate::engine::redis::recovery::end_of;
-use crate::engine::redis::server::Programs;
 use crate::engine::redis::settings::{check_ordered, modules};
+use crate::engine::redis::source::product_name;
 use crate::error::Result;
 use crate::model::bytes_text::human_bytes;
 use crate::model::check::CheckItem;
+use crate::model::engine_kind::EngineKind;
 use crate::model::target::{Target, utc_text};
 
-pub(super) async fn check_target(
-    site: &CloneSite,
-    target: &Target,
-    default_bin_dir: Option<&Path>,
-) -> Result<Vec<CheckItem>> {
+pub(super) async fn check_target(site: &CloneSite, target: &Target, cloner: &RedisCloner) -> Result<Vec<CheckItem>> {
     let mut items = Vec::new();
     items.extend(target_item(site, target));
-    match Programs::find(site.bin_dir.as_deref().or(default_bin_dir)).await {
-        Ok(programs) => items.push(version_item(site, &programs.version)),
+    match cloner.programs(site.bin_dir.as_deref()).await {
+        Ok(programs) => items.push(version_item(site, cloner.engine, &programs.version)),
         Err(error) => {
             items.push(CheckItem::fail("server programs", error.message(), error.hint_text().unwrap_or_default()));
         }
@@ -62,13 +60,21 @@ fn target_item(site: &CloneSite, target: &Target) -> Option<CheckItem> {
     }
 }
 
-/// The newest format of snapshots that a version of Redis reads (`RDB_VERSION` in `src/rdb.h` of each).
-fn newest_readable(version: &str) -> u32 {
-    match major_and_minor(version) {
-        (0..=6, _) => 9,
-        (7, 0..=1) => 10,
-        (7, 2..=3) => 11,
-        _ => 12,
+/// The newest format of snapshots that a version reads, as far as it was looked up; a server reads what a server of its own
+/// product and of its own or an earlier version has written. Source: `RDB_VERSION` in `src/rdb.h` of Redis 6.2, 7.0, 7.2,
+/// 7.4 and 8.0; `RDB_VERSION` and `RDB_FOREIGN_VERSION_MIN` in `src/rdb.h` of Valkey 8 and 9, which read no format of Redis
+/// from 12 on.
+fn newest_readable(engine: EngineKind, version: (u32, u32), family: RdbFamily) -> Option<u32> {
+    match (engine, family, version) {
+        (EngineKind::Valkey, RdbFamily::Redis, _) => Some(11),
+        (EngineKind::Valkey, RdbFamily::Valkey, (..=8, _)) => Some(0),
+        (EngineKind::Valkey, RdbFamily::Valkey, _) => None,
+        (_, RdbFamily::Valkey, _) => Some(0),
+        (_, RdbFamily::Redis, (..=6, _)) => Some(9),
+        (_, RdbFamily::Redis, (7, ..=1)) => Some(10),
+        (_, RdbFamily::Redis, (7, ..=3)) => Some(11),
+        (_, RdbFamily::Redis, (7, _) | (8, ..=1)) => Some(12),
+        (_, RdbFamily::Redis, _) => None,
     }
 }
 
@@ -77,29 +83,31 @@ fn major_and_minor(version: &str) -> (u32, u32) {
     (parts.next().unwrap_or(0), parts.next().unwrap_or(0))
 }
 
-fn version_item(site: &CloneSite, here: &str) -> CheckItem {
+fn version_item(site: &CloneSite, engine: EngineKind, here: &str) -> CheckItem {
     let what = "version";
-    let source = &site.engine_version;
+    let (source, product) = (&site.engine_version, product_name(engine));
     if major_and_minor(here) < major_and_minor(source) {
         return CheckItem::fail(
             what,
-            format!("the source is Redis {source}, this host has {here}, which is older"),
-            format!("install Redis {source} or later on this host, or name its directory as 'bin_dir' under [clone]"),
+            format!("the source is {product} {source}, this host has {product} {here}, which is older"),
+            format!(
+                "install {product} {source} or later on this host, or name its directory as 'bin_dir' under [clone.{}]",
+                engine.name()
+            ),
         );
     }
     let format = site.facts.get(RDB_VERSION_FACT).and_then(|text| RdbVersion::parse_text(text));
-    match format {
-        Some(RdbVersion { family: RdbFamily::Valkey, .. }) => CheckItem::fail(
+    let readable = format.and_then(|format| newest_readable(engine, major_and_minor(here), format.family));
+    match format.zip(readable) {
+        Some((format, newest)) if format.number > newest => CheckItem::fail(
             what,
-            format!("the backup's snapshot is in a format of Valkey ({source}), which Redis {here} cannot read"),
-            "clone to a host that has Valkey",
+            format!(
+                "the backup's snapshot, of {product} {source}, has format {format}, which {product} {here} on this host \
+                 cannot read"
+            ),
+            format!("install {product} {source} or later on this host"),
         ),
-        Some(version) if version.number > newest_readable(here) => CheckItem::fail(
-            what,
-            format!("the backup's snapshot has format {version}; Redis {here} reads up to {}", newest_readable(here)),
-            format!("install Redis {source} or later on this host"),
-        ),
-        _ => CheckItem::pass(what, format!("{here} here, {source} on the source")),
+        _ => CheckItem::pass(what, format!("{product} {here} here, {source} on the source")),
     }
 }
 
@@ -164,15 +172,21 @@ mod tests {
     #[test]
     fn a_snapshot_that_the_server_here_cannot_read_is_refused_with_both_versions() {
         let cases = [
-            ("7.0.15", "REDIS0010", "7.0.15", Verdict::Pass),
-            ("7.0.15", "REDIS0010", "8.0.3", Verdict::Pass),
-            ("7.2.4", "REDIS0011", "7.0.15", Verdict::Fail),
-            ("8.0.1", "REDIS0012", "7.2.4", Verdict::Fail),
-            ("7.2.4", "REDIS0012", "7.2.4", Verdict::Fail),
-            ("7.2.4", "VALKEY080", "8.0.0", Verdict::Fail),
+            (EngineKind::Redis, "7.0.15", "REDIS0010", "7.0.15", Verdict::Pass),
+            (EngineKind::Redis, "7.0.15", "REDIS0010", "8.0.3", Verdict::Pass),
+            (EngineKind::Redis, "7.2.4", "REDIS0011", "7.0.15", Verdict::Fail),
+            (EngineKind::Redis, "8.0.1", "REDIS0012", "7.2.4", Verdict::Fail),
+            (EngineKind::Redis, "7.2.4", "REDIS0012", "7.2.4", Verdict::Fail),
+            (EngineKind::Redis, "7.2.4", "VALKEY080", "8.0.0", Verdict::Fail),
+            (EngineKind::Redis, "8.10.0", "REDIS0015", "8.10.1", Verdict::Pass),
+            (EngineKind::Valkey, "8.1.1", "REDIS0011", "9.1.2", Verdict::Pass),
+            (EngineKind::Valkey, "9.1.2", "VALKEY080", "9.1.2", Verdict::Pass),
+            (EngineKind::Valkey, "9.1.2", "VALKEY080", "8.1.1", Verdict::Fail),
+            (EngineKind::Valkey, "8.0.0", "VALKEY080", "8.1.1", Verdict::Fail),
+            (EngineKind::Valkey, "8.1.1", "REDIS0012", "9.1.2", Verdict::Fail),
         ];
-        for (source, format, here, verdict) in cases {
-            let item = version_item(&site(source, &[(RDB_VERSION_FACT, format)]), here);
+        for (engine, source, format, here, verdict) in cases {
+            let item = version_item(&site(source, &[(RDB_VERSION_FACT, format)]), engine, here);
             assert_eq!(item.verdict, verdict, "{source} {format} {here}: {item:?}");
             assert!(item.found.contains(source) && item.found.contains(here), "{item:?}");
         }

@@ -1,4 +1,4 @@
-//! Redis as a grower of clones: the port, put together from its parts, and the way out of quarantine.
+//! Redis and Valkey as a grower of clones: the port, put together from its parts, and the way out of quarantine.
 
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -27,8 +27,10 @@ use crate::model::engine_kind::EngineKind;
 use crate::model::target::Target;
 
 /// Grows clones of Redis servers on this host.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct RedisCloner {
+    /// Redis or Valkey.
+    pub engine: EngineKind,
     /// Where the programs are unless the clone says so itself; the usual places if not set.
     pub default_bin_dir: Option<PathBuf>,
 }
@@ -39,10 +41,10 @@ pub struct Grounds {
 }
 
 impl Grounds {
-    async fn of(site: &CloneSite, default_bin_dir: Option<&Path>) -> Result<Grounds> {
+    async fn of(site: &CloneSite, cloner: &RedisCloner) -> Result<Grounds> {
         let name = site.run_as.clone();
         let user = run_blocking("user", move || User::by_name(&name)).await?;
-        let programs = Programs::find(site.bin_dir.as_deref().or(default_bin_dir)).await?;
+        let programs = cloner.programs(site.bin_dir.as_deref()).await?;
         let (data_dir, run_dir) = (site.data_dir.clone(), site.run_dir.clone());
         Ok(Grounds { server: Server { programs, data_dir, run_dir, user } })
     }
@@ -71,15 +73,25 @@ pub fn endpoint_of_clone(run_dir: &Path, run_as: &str) -> Endpoint {
 }
 
 impl RedisCloner {
+    /// Grows clones of this product.
+    pub fn of(engine: EngineKind) -> RedisCloner {
+        RedisCloner { engine, default_bin_dir: None }
+    }
+
     async fn grounds(&self, site: &CloneSite) -> Result<Grounds> {
-        Grounds::of(site, self.default_bin_dir.as_deref()).await
+        Grounds::of(site, self).await
+    }
+
+    /// The server's programs in the directory that a clone names, or in the default one.
+    pub(super) async fn programs(&self, bin_dir: Option<&Path>) -> Result<Programs> {
+        Programs::find(self.engine, bin_dir.or(self.default_bin_dir.as_deref())).await
     }
 }
 
 #[async_trait]
 impl CloneEngine for RedisCloner {
     async fn check_target(&self, site: &CloneSite, target: &Target) -> Result<Vec<CheckItem>> {
-        check_target::check_target(site, target, self.default_bin_dir.as_deref()).await
+        check_target::check_target(site, target, self).await
     }
 
     fn place(&self, _site: &CloneSite, meta: &FileMeta) -> Result<Option<FileMeta>> {
@@ -156,7 +168,7 @@ impl CloneEngine for RedisCloner {
         let metadata =
             std::fs::metadata(&site.data_dir).context(|| format!("cannot look at '{}'", site.data_dir.display()))?;
         Ok(ServerIdentity {
-            engine: EngineKind::Redis,
+            engine: self.engine,
             version: server.programs.version.clone(),
             system_id: NO_SYSTEM_ID.to_string(),
             data_dir: std::fs::canonicalize(&site.data_dir).unwrap_or_else(|_| site.data_dir.clone()),
@@ -170,7 +182,7 @@ impl CloneEngine for RedisCloner {
         }
         let (data_dir, run_dir, name) = (clone.data_dir.clone(), clone.run_dir.clone(), clone.run_as.clone());
         let user = run_blocking("user", move || User::by_name(&name)).await?;
-        let programs = Programs::find(clone.bin_dir.as_deref().or(self.default_bin_dir.as_deref())).await?;
+        let programs = self.programs(clone.bin_dir.as_deref()).await?;
         let conf = data_dir.join(CONF_FILE);
         Server { programs, data_dir, run_dir, user }.start(&conf).map(|_| ())
     }

@@ -16,9 +16,10 @@ use crate::base::processes::DirectoryId;
 use crate::base::users::User;
 use crate::engine::redis::session::{Address, Endpoint, Session};
 use crate::engine::redis::settings::{LOG_FILE, SOCKET_FILE};
-use crate::engine::redis::source::major_of;
+use crate::engine::redis::source::{major_of, product_name};
 use crate::engine::server_log::{LogMarks, last_log_lines, text_from};
 use crate::error::{Context, Error, Kind, Result};
+use crate::model::engine_kind::EngineKind;
 
 const POLL: Duration = Duration::from_millis(20);
 /// How long a server that is told to stop may take before it is killed, if its data do not matter.
@@ -31,41 +32,65 @@ const SOCKET_PATH_BYTES_MAX: usize = 107;
 /// An installed server.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Programs {
+    /// Redis or Valkey.
+    pub engine: EngineKind,
     pub server: PathBuf,
     /// As the program calls itself: `7.0.15`.
     pub version: String,
 }
 
 impl Programs {
-    /// Finds `redis-server`: in `wanted` and nowhere else if it is given, otherwise where distributions put it.
-    pub async fn find(wanted: Option<&Path>) -> Result<Programs> {
+    /// Finds `redis-server` or `valkey-server`: in `wanted` and nowhere else if it is given, otherwise where distributions
+    /// put it. A program of the other product under that name is refused.
+    pub async fn find(engine: EngineKind, wanted: Option<&Path>) -> Result<Programs> {
+        let product = product_name(engine);
+        let program = format!("{}-server", engine.name());
         let candidates = match wanted {
             Some(directory) => vec![directory.to_path_buf()],
-            None => ["/usr/bin", "/usr/local/bin", "/opt/redis/bin", "/usr/sbin"].map(PathBuf::from).to_vec(),
+            None => {
+                let own = format!("/opt/{}/bin", engine.name());
+                ["/usr/bin", "/usr/local/bin", &own, "/usr/sbin"].map(PathBuf::from).to_vec()
+            }
         };
         for directory in &candidates {
-            let server = directory.join("redis-server");
+            let server = directory.join(&program);
             if server.is_file() {
-                return Programs::at(server).await;
+                return Programs::at(engine, server).await;
             }
         }
         let places: Vec<String> = candidates.iter().map(|path| format!("'{}'", path.display())).collect();
-        Err(Error::new(Kind::NotFound, format!("there is no 'redis-server' in {}", places.join(", ")))
-            .hint("install Redis on this host, or set 'bin_dir' under [clone] to the directory of its programs"))
+        let section = engine.name();
+        Err(Error::new(Kind::NotFound, format!("there is no '{program}' in {}", places.join(", "))).hint(format!(
+            "install {product} on this host, or set 'bin_dir' under [clone.{section}] to the directory of its programs"
+        )))
     }
 
-    async fn at(server: PathBuf) -> Result<Programs> {
+    async fn at(engine: EngineKind, server: PathBuf) -> Result<Programs> {
         let finished = ChildCommand::new(&server).arg("--version").run_checked(&CancellationToken::new()).await?;
         let text = String::from_utf8_lossy(&finished.stdout).into_owned();
         let version = version_of(&text).ok_or_else(|| {
             Error::new(Kind::Server, format!("'{}' says '{}' about its version", server.display(), text.trim()))
         })?;
-        Ok(Programs { server, version })
+        // Distributions that replace one product by the other leave the old name behind as a link.
+        let product = product_name(engine);
+        if !text.starts_with(product) {
+            return Err(Error::new(
+                Kind::Unsupported,
+                format!("'{}' is another product than {product}: it says '{}'", server.display(), text.trim()),
+            )
+            .hint(format!("install {product} on this host: the other product does not read all of its files")));
+        }
+        Ok(Programs { engine, server, version })
     }
 
-    /// `redis-check-aof` beside the server, if it is installed.
-    pub fn check_aof(&self) -> Option<PathBuf> {
-        let path = self.server.with_file_name("redis-check-aof");
+    /// `redis-check-aof` and the like, for `aof` or `rdb`.
+    pub fn name_of_check(&self, what: &str) -> String {
+        format!("{}-check-{what}", self.engine.name())
+    }
+
+    /// The program of that name beside the server, if it is installed.
+    pub fn check_tool(&self, what: &str) -> Option<PathBuf> {
+        let path = self.server.with_file_name(self.name_of_check(what));
         path.is_file().then_some(path)
     }
 }
@@ -86,6 +111,10 @@ pub struct Server {
 }
 
 impl Server {
+    fn product(&self) -> &'static str {
+        product_name(self.programs.engine)
+    }
+
     pub fn log_file(&self) -> PathBuf {
         self.run_dir.join(LOG_FILE)
     }
@@ -102,7 +131,7 @@ impl Server {
 
     /// Starts the server with this configuration file. Returns as soon as the process exists.
     pub fn start(&self, conf: &Path) -> Result<Process> {
-        let what = || format!("cannot start Redis in '{}'", self.data_dir.display());
+        let what = || format!("cannot start {} in '{}'", self.product(), self.data_dir.display());
         if let Some(process) = processes_in(&self.data_dir).first() {
             return Err(Error::new(Kind::Conflict, format!("{}: process {} runs there already", what(), process.pid)));
         }
@@ -171,8 +200,11 @@ impl Server {
             return Ok(());
         }
         let said = last_log_lines(&self.log_file(), LOG_MARKS);
-        Err(Error::new(Kind::Server, format!("Redis in '{}' stopped by itself: {said}", self.data_dir.display()))
-            .hint(format!("the whole log is '{}'", self.log_file().display())))
+        Err(Error::new(
+            Kind::Server,
+            format!("{} in '{}' stopped by itself: {said}", self.product(), self.data_dir.display()),
+        )
+        .hint(format!("the whole log is '{}'", self.log_file().display())))
     }
 
     /// Stops the server so that its append-only file is written and synced, however long that takes; an error if it
@@ -189,8 +221,11 @@ impl Server {
             return Ok(());
         }
         let said = last_log_lines(&self.log_file(), LOG_MARKS);
-        Err(Error::new(Kind::Server, format!("Redis in '{}' did not stop cleanly: {said}", self.data_dir.display()))
-            .hint(format!("the whole log is '{}'", self.log_file().display())))
+        Err(Error::new(
+            Kind::Server,
+            format!("{} in '{}' did not stop cleanly: {said}", self.product(), self.data_dir.display()),
+        )
+        .hint(format!("the whole log is '{}'", self.log_file().display())))
     }
 }
 
@@ -198,7 +233,7 @@ impl Server {
 pub async fn pause(cancel: &CancellationToken) -> Result<()> {
     tokio::select! {
         () = tokio::time::sleep(POLL) => Ok(()),
-        () = cancel.cancelled() => Err(Error::new(Kind::Cancelled, "cancelled while waiting for Redis")),
+        () = cancel.cancelled() => Err(Error::new(Kind::Cancelled, "cancelled while waiting for the server")),
     }
 }
 
@@ -247,9 +282,22 @@ mod tests {
     #[tokio::test]
     async fn programs_that_are_not_there_are_not_found_with_a_hint() {
         let directory = tempfile::tempdir().unwrap();
-        let error = Programs::find(Some(directory.path())).await.unwrap_err();
-        assert_eq!(error.kind(), Kind::NotFound);
-        assert!(error.hint_text().unwrap().contains("bin_dir"), "{error:?}");
+        for (engine, program) in [(EngineKind::Redis, "'redis-server'"), (EngineKind::Valkey, "'valkey-server'")] {
+            let error = Programs::find(engine, Some(directory.path())).await.unwrap_err();
+            assert_eq!(error.kind(), Kind::NotFound);
+            assert!(error.message().contains(program), "{error:?}");
+            assert!(error.hint_text().unwrap().contains("bin_dir"), "{error:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_program_of_the_other_product_under_the_old_name_is_refused() {
+        let directory = tempfile::tempdir().unwrap();
+        let program = directory.path().join("redis-server");
+        std::fs::write(&program, "#!/bin/sh\necho 'Valkey server v=9.1.2 sha=00000000:0'\n").unwrap();
+        std::fs::set_permissions(&program, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+        let error = Programs::find(EngineKind::Redis, Some(directory.path())).await.unwrap_err();
+        assert!(error.message().contains("Valkey server v=9.1.2"), "{error:?}");
     }
 
     #[test]

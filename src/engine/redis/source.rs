@@ -245,12 +245,16 @@ async fn identify(source: &RedisSource, session: &mut Session) -> Result<ServerI
 pub fn product_of(info: &BTreeMap<String, String>) -> Result<(EngineKind, String)> {
     let value = |key: &str| info.get(key).filter(|text| !text.is_empty()).cloned();
     if let Some(version) = value("valkey_version") {
-        return Err(Error::new(Kind::Unsupported, format!("the server is Valkey {version}"))
-            .hint("this version of keiki works with Redis 7 and later"));
+        return Ok((EngineKind::Valkey, version));
     }
     let version = value("redis_version");
     let version = version.ok_or_else(|| Error::new(Kind::Server, "the server does not say its version"))?;
     Ok((EngineKind::Redis, version))
+}
+
+/// What people call a product.
+pub fn product_name(engine: EngineKind) -> &'static str {
+    if engine == EngineKind::Valkey { "Valkey" } else { "Redis" }
 }
 
 /// 7 of `7.0.15`.
@@ -261,8 +265,8 @@ pub fn major_of(version: &str) -> Option<u32> {
 fn require_version(version: &str) -> Result<()> {
     match major_of(version) {
         Some(major) if major >= MAJOR_MIN => Ok(()),
-        _ => Err(Error::new(Kind::Unsupported, format!("the server is Redis {version}"))
-            .hint("keiki works with Redis 7 and later, whose append-only file is in parts")),
+        _ => Err(Error::new(Kind::Unsupported, format!("the server has version {version}"))
+            .hint("keiki works with Redis 7 and Valkey 7.2 and later, whose append-only file is in parts")),
     }
 }
 

@@ -13,7 +13,7 @@ use keiki::engine::{CloneEngine, CloneSite, Engine};
 use super::{Base, Subject};
 use crate::support::hosts::free_port;
 use crate::support::postgres::server_user;
-use crate::support::redis::{Client, TestRedis, bin_dir};
+use crate::support::redis::{Client, Product, TestRedis};
 
 pub struct RedisSubject {
     pub server: TestRedis,
@@ -22,7 +22,11 @@ pub struct RedisSubject {
 
 impl RedisSubject {
     pub fn start() -> RedisSubject {
-        let server = TestRedis::start(&[]);
+        RedisSubject::start_of(Product::Redis7)
+    }
+
+    pub fn start_of(product: Product) -> RedisSubject {
+        let server = TestRedis::start_of(product, &[]);
         let engine = Arc::new(RedisEngine::new(server.source("orders")));
         RedisSubject { server, engine }
     }
@@ -39,7 +43,7 @@ impl Subject for RedisSubject {
     }
 
     fn cloner(&self) -> Arc<dyn CloneEngine> {
-        Arc::new(RedisCloner::default())
+        Arc::new(RedisCloner::of(self.server.product.engine()))
     }
 
     fn commit(&self, value: u64) {
@@ -76,7 +80,7 @@ impl Subject for RedisSubject {
             clone_name: "check".into(),
             data_dir: root.join("data"),
             run_dir: root.join("run"),
-            bin_dir: Some(bin_dir()),
+            bin_dir: Some(self.server.product.bin_dir()),
             port: free_port(),
             listen_addresses: "127.0.0.1".into(),
             run_as: server_user().name,

@@ -16,16 +16,51 @@ use keiki::model::engine_kind::EngineKind;
 use super::hosts::wait_for;
 use super::postgres::{end_cleanly, server_user};
 
-/// The directory of the programs, as `packaging/test-servers.sh` has found or made it.
+/// A product in one version.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Product {
+    Redis7,
+    Redis8,
+    Valkey8,
+    Valkey9,
+}
+
+impl Product {
+    pub fn engine(self) -> EngineKind {
+        match self {
+            Product::Redis7 | Product::Redis8 => EngineKind::Redis,
+            Product::Valkey8 | Product::Valkey9 => EngineKind::Valkey,
+        }
+    }
+
+    /// `redis-server` or `valkey-server`.
+    fn program(self) -> String {
+        format!("{}-server", self.engine().name())
+    }
+
+    /// The directory of the programs, as `packaging/test-servers.sh` has found or made it.
+    pub fn bin_dir(self) -> PathBuf {
+        let variable = match self {
+            Product::Redis7 => "KEIKI_TEST_REDIS7_BIN",
+            Product::Redis8 => "KEIKI_TEST_REDIS8_BIN",
+            Product::Valkey8 => "KEIKI_TEST_VALKEY8_BIN",
+            Product::Valkey9 => "KEIKI_TEST_VALKEY9_BIN",
+        };
+        let dir = std::env::var_os(variable).map(PathBuf::from);
+        let dir = dir.unwrap_or_else(|| panic!("{variable} is not set: run packaging/test-servers.sh"));
+        assert!(dir.join(self.program()).exists(), "there is no {} in '{}'", self.program(), dir.display());
+        dir
+    }
+}
+
+/// The programs of Redis 7.
 pub fn bin_dir() -> PathBuf {
-    let dir = std::env::var_os("KEIKI_TEST_REDIS7_BIN").map(PathBuf::from);
-    let dir = dir.unwrap_or_else(|| panic!("KEIKI_TEST_REDIS7_BIN is not set: run packaging/test-servers.sh"));
-    assert!(dir.join("redis-server").exists(), "there is no redis-server in '{}'", dir.display());
-    dir
+    Product::Redis7.bin_dir()
 }
 
 /// A running server, killed when this is dropped.
 pub struct TestRedis {
+    pub product: Product,
     pub data_dir: PathBuf,
     pub socket: PathBuf,
     settings: Vec<(String, String)>,
@@ -34,15 +69,24 @@ pub struct TestRedis {
 }
 
 impl TestRedis {
-    /// Starts a server with an append-only file that has times; `settings` come after that.
+    /// Starts a Redis 7 with an append-only file that has times; `settings` come after that.
     pub fn start(settings: &[(&str, &str)]) -> TestRedis {
-        let mut server = TestRedis::prepare(settings);
+        TestRedis::start_of(Product::Redis7, settings)
+    }
+
+    /// The same of any product.
+    pub fn start_of(product: Product, settings: &[(&str, &str)]) -> TestRedis {
+        let mut server = TestRedis::prepare_of(product, settings);
         server.start_again();
         server
     }
 
-    /// An empty data directory, and nothing started.
+    /// An empty data directory of a Redis 7, and nothing started.
     pub fn prepare(settings: &[(&str, &str)]) -> TestRedis {
+        TestRedis::prepare_of(Product::Redis7, settings)
+    }
+
+    fn prepare_of(product: Product, settings: &[(&str, &str)]) -> TestRedis {
         let dir = tempfile::Builder::new().prefix("keiki-redis-").tempdir_in("/tmp").unwrap();
         fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
         let data_dir = dir.path().join("data");
@@ -53,13 +97,13 @@ impl TestRedis {
         }
         let socket = dir.path().join("s");
         let settings = settings.iter().map(|(name, value)| (name.to_string(), value.to_string())).collect();
-        TestRedis { data_dir, socket, settings, child: None, _dir: dir }
+        TestRedis { product, data_dir, socket, settings, child: None, _dir: dir }
     }
 
     /// Starts the server that was stopped or killed.
     pub fn start_again(&mut self) {
         let user = server_user();
-        let mut command = Command::new(bin_dir().join("redis-server"));
+        let mut command = Command::new(self.product.bin_dir().join(self.product.program()));
         command.args(["--port", "0", "--unixsocket", self.socket.to_str().unwrap(), "--unixsocketperm", "777"]);
         command.args(["--dir", self.data_dir.to_str().unwrap(), "--appendonly", "yes", "--save", ""]);
         command.args(["--aof-timestamp-enabled", "yes", "--enable-debug-command", "yes"]);
@@ -81,7 +125,7 @@ impl TestRedis {
     pub fn source(&self, name: &str) -> RedisSource {
         RedisSource {
             name: name.to_string(),
-            engine: EngineKind::Redis,
+            engine: self.product.engine(),
             data_dir: self.data_dir.clone(),
             endpoint: Endpoint {
                 address: Address::Socket(self.socket.clone()),
