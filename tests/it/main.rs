@@ -23,6 +23,7 @@ mod s3_lease;
 mod s3_links;
 mod s3_outage;
 mod s3_store;
+mod s3_wire;
 mod story_s3;
 mod story_slot;
 mod redis_source;

@@ -8,5 +8,6 @@ pub mod postgres;
 pub mod redis;
 pub mod s3;
 pub mod s3_proxy;
+pub mod s3_recorder;
 pub mod sql_ledger;
 pub mod two_hosts;

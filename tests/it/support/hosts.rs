@@ -81,6 +81,8 @@ pub struct Host {
     pub name: String,
     pub dir: PathBuf,
     pub config: PathBuf,
+    /// What the agent has in its environment beside what this process has.
+    pub environment: Vec<(String, String)>,
     agent: Option<Child>,
 }
 
@@ -127,7 +129,7 @@ impl Host {
         );
         let config = dir.join("keiki.toml");
         fs::write(&config, text).unwrap();
-        Host { name: name.to_string(), dir, config, agent: None }
+        Host { name: name.to_string(), dir, config, environment: Vec::new(), agent: None }
     }
 
     /// Starts a second agent with the configuration, the certificate and a copy of the state of another one that runs;
@@ -155,7 +157,7 @@ impl Host {
             .replace(first.dir.to_str().unwrap(), dir.to_str().unwrap());
         let config = dir.join("keiki.toml");
         fs::write(&config, change(own)).unwrap();
-        let mut twin = Host { name: first.name.clone(), dir, config, agent: None };
+        let mut twin = Host { name: first.name.clone(), dir, config, environment: Vec::new(), agent: None };
         twin.start_agent();
         twin
     }
@@ -180,6 +182,7 @@ impl Host {
         let log = fs::OpenOptions::new().create(true).append(true).open(self.dir.join("agent.log")).unwrap();
         let child = Command::new(KEIKI)
             .args(["--config", self.config.to_str().unwrap(), "agent"])
+            .envs(self.environment.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::null())
             .stdout(log.try_clone().unwrap())
             .stderr(log)

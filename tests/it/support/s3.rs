@@ -98,7 +98,9 @@ impl Weed {
             "admin.port.grpc",
         ];
         let mut command = Command::new("sh");
-        command.args(["-c", KEEPER, "sh", &program, "mini", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]);
+        // Its own logs would stay in /tmp.
+        let logs = format!("-logdir={}", self.dir.display());
+        command.args(["-c", KEEPER, "sh", &program, &logs, "mini", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]);
         command.arg(format!("-dir={}", self.dir.join("data").display()));
         command.arg(format!("-s3.config={}", self.dir.join("s3.json").display()));
         command.args(names.iter().zip(&self.ports).map(|(name, port)| format!("-{name}={port}")));
