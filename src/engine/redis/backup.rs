@@ -22,6 +22,7 @@ use tokio_util::sync::CancellationToken;
 use crate::base::bulk::run_on_thread;
 use crate::engine::redis::Inner;
 use crate::engine::redis::ondisk::aof::AofWalker;
+use crate::engine::redis::ondisk::manifest::ManifestPart;
 use crate::engine::redis::ondisk::rdb::{HEADER_BYTES_WANTED, RdbCheck, RdbHeader, RdbVerdict};
 use crate::engine::redis::session::{Reply, Session};
 use crate::engine::redis::settings::{ACL_FACT_PREFIX, APPEND_DIR, APPEND_FILE, Module, facts_of_settings};
@@ -154,7 +155,12 @@ async fn has_lost_times(inner: &Inner) -> Result<bool> {
 
 /// The start of the first log file behind the base of the manifest.
 fn first_log_file(seen: &Observation) -> Result<Position> {
-    let first = seen.manifest.increments.first();
+    // An empty increment has handed its number on to the one behind it.
+    let has_content = |part: &&ManifestPart| {
+        std::fs::metadata(seen.append_dir.join(&part.name)).map_or(true, |metadata| metadata.len() > 0)
+    };
+    let increments = &seen.manifest.increments;
+    let first = increments.iter().find(has_content).or(increments.last());
     let first = first.ok_or_else(|| Error::new(Kind::Server, "the manifest names no increments"))?;
     let held = seen.files.iter().rev().find(|file| file.held.sequence == first.sequence);
     let held = held.ok_or_else(|| {

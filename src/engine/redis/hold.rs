@@ -206,11 +206,12 @@ impl Hold {
     }
 
     /// Lets the server's disk have everything before file `number`. The newest file stays: it says where the next one
-    /// belongs.
+    /// belongs. So does what the server itself still has: our name of it takes no room, and a backup of a base that has
+    /// several increments behind it, as every clone may have, must know the number of the first.
     pub fn release_before(&self, number: u64) -> Result<()> {
         let held = self.held()?;
         let count = held.len().saturating_sub(1);
-        for file in held.iter().take(count).filter(|file| file.number < number) {
+        for file in held.iter().take(count).filter(|file| file.number < number && file.only_held) {
             remove(&file.path)?;
             remove(&self.held_dir().join(untimed_name(file.number)))?;
         }
@@ -401,6 +402,9 @@ mod tests {
         let numbers: Vec<u64> = scene.sync(true).iter().map(|row| row.0).collect();
         assert_eq!(numbers, [1000, 1001, 1003]);
         assert_eq!(scene.hold.untimed(1003), None);
+        scene.hold.release_before(1003).unwrap();
+        assert_eq!(scene.sync(true).len(), 3, "what the server has itself stays");
+        scene.server(3, &[(3, "three")]);
         scene.hold.release_before(1003).unwrap();
         assert_eq!((scene.hold.untimed(1000), scene.hold.untimed(1001)), (None, None));
     }
