@@ -14,3 +14,4 @@ pub mod resolve;
 pub mod retry;
 pub mod users;
 pub mod watch;
+pub mod words;

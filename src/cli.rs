@@ -23,6 +23,7 @@ mod hosts;
 mod instances;
 mod job;
 mod output;
+mod passwords;
 mod repository;
 mod restore;
 mod status;

@@ -21,6 +21,7 @@ use crate::model::password::Passwords;
 use crate::model::position::Position;
 use crate::model::target::Target;
 
+mod accounts;
 pub mod fake;
 pub mod geometry;
 pub mod mysql;

@@ -10,6 +10,7 @@ use std::ops::{Range, RangeInclusive};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use crate::base::words::nearest;
 use crate::error::{Context, Error, Kind, Result};
 use crate::model::engine_kind::EngineKind;
 use crate::model::group::Group;
@@ -507,7 +508,7 @@ fn parse_permissions(word: &str) -> Result<Vec<Permission>> {
     }
     Permission::from_name(word).map(|permission| vec![permission]).ok_or_else(|| {
         let names = Permission::names();
-        let hint = match value::nearest(word, names.iter().copied()) {
+        let hint = match nearest(word, names.iter().copied()) {
             Some(meant) => format!("did you mean '{meant}'?"),
             None => format!("it is one of: {}", names.join(", ")),
         };

@@ -163,6 +163,12 @@ pub struct CloneArguments {
     /// A server setting that the clone gets, as in --set work_mem=64MB; may be repeated.
     #[arg(long = "set", value_name = "PARAMETER=VALUE")]
     pub settings: Vec<String>,
+    /// A new password for an account of the clone, out of the first line of a file; may be repeated.
+    #[arg(long = "password", value_name = "USER=FILE")]
+    pub passwords: Vec<String>,
+    /// Redis and Valkey: keep the keys that have expired since that moment, without a time to live.
+    #[arg(long)]
+    pub keep_expired: bool,
     /// Print the check list and do nothing.
     #[arg(long)]
     pub check: bool,

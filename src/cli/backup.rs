@@ -13,6 +13,7 @@ use crate::model::backup::{Backup, BackupKind};
 use crate::model::bytes_text::human_bytes;
 use crate::model::id::{BackupId, JobId};
 use crate::model::job::{Order, Task};
+use crate::model::password::Passwords;
 use crate::model::target::utc_text;
 use crate::peer::api::{Request, Response};
 
@@ -21,7 +22,7 @@ pub async fn run(agent: &Connection, action: BackupAction, as_json: bool) -> Res
         BackupAction::Create { instance, detach } => {
             let task = Task::Backup { instance, kind: BackupKind::Manual };
             let order = Order { id: JobId::fresh(), by: String::new(), task };
-            submit_and_follow(agent, agent.host(), order, detach, as_json).await
+            submit_and_follow(agent, agent.host(), order, Passwords::new(), detach, as_json).await
         }
         BackupAction::List { instance } => {
             let backups = list(agent, &instance).await?;

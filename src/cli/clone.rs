@@ -8,6 +8,7 @@ use crate::cli::connection::{Connection, expect_response};
 use crate::cli::group;
 use crate::cli::job::submit_and_follow;
 use crate::cli::output::checks;
+use crate::cli::passwords;
 use crate::error::{Error, Kind, Result};
 use crate::model::group::{Group, GroupOrder};
 use crate::model::id::{BackupId, JobId, check_name};
@@ -17,9 +18,11 @@ use crate::model::target::Target;
 use crate::peer::api::{Request, Response};
 
 pub async fn run(agent: &Connection, typed: CloneArguments, as_json: bool) -> Result<Outcome> {
+    let passwords = passwords::read(&typed.passwords)?;
+    let passwords_for = passwords.keys().cloned().collect();
     let task = match group::find(agent, &typed.source).await? {
         Some(group) => Task::CloneGroup(read_group_order(&typed, group)?),
-        None => Task::Clone(read_order(&typed)?),
+        None => Task::Clone(CloneOrder { passwords_for, ..read_order(&typed)? }),
     };
     let hosts: Vec<Option<&str>> = match typed.to.as_slice() {
         [] => vec![agent.host()],
@@ -39,7 +42,7 @@ pub async fn run(agent: &Connection, typed: CloneArguments, as_json: bool) -> Re
             let answer = agent.ask_host(host, Request::Check { order }).await?;
             checks::print(&expect_response!(answer, "check", Response::Checks(items) => items), as_json)
         } else {
-            submit_and_follow(agent, host, order, typed.detach, as_json).await?
+            submit_and_follow(agent, host, order, passwords.clone(), typed.detach, as_json).await?
         };
         if let Outcome::Bad = one {
             outcome = Outcome::Bad;
@@ -96,7 +99,7 @@ fn read_order(typed: &CloneArguments) -> Result<CloneOrder> {
         settings,
         hold: typed.hold,
         passwords_for: Default::default(),
-        keep_expired: false,
+        keep_expired: typed.keep_expired,
         ties: BTreeMap::new(),
     })
 }
@@ -115,6 +118,12 @@ fn read_group_order(typed: &CloneArguments, group: Group) -> Result<GroupOrder> 
     }
     if !typed.settings.is_empty() {
         return refuse("--set", "order it with --hold, and set on each server what you want before 'keiki accept'");
+    }
+    if !typed.passwords.is_empty() {
+        return refuse("--password", "order it with --hold, and change them on each server before 'keiki accept'");
+    }
+    if typed.keep_expired {
+        return refuse("--keep-expired", "clone the instance whose expired keys you want by itself");
     }
     let of_one = [
         (typed.target.position.is_some(), "--position"),
@@ -195,6 +204,8 @@ mod tests {
             dir: None,
             port: None,
             settings: vec![],
+            passwords: vec![],
+            keep_expired: false,
             check: false,
             hold: false,
             detach: false,

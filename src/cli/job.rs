@@ -8,6 +8,7 @@ use crate::cli::output::{json, progress, table};
 use crate::error::Result;
 use crate::model::id::JobId;
 use crate::model::job::{JobReport, Order, StepState, Task};
+use crate::model::password::Passwords;
 use crate::model::target::utc_text;
 use crate::peer::api::{Request, Response};
 
@@ -42,10 +43,11 @@ pub async fn submit_and_follow(
     agent: &Connection,
     host: Option<&str>,
     order: Order,
+    passwords: Passwords,
     detach: bool,
     as_json: bool,
 ) -> Result<Outcome> {
-    let answer = agent.ask_host(host, Request::Submit { order, passwords: Default::default() }).await?;
+    let answer = agent.ask_host(host, Request::Submit { order, passwords }).await?;
     let report = expect_response!(answer, "submit", Response::Job(report) => report);
     if !detach {
         return progress::follow(agent, host, report.order.id, as_json).await;

@@ -24,6 +24,7 @@ pub mod geometry;
 pub mod log_files;
 pub mod log_read;
 pub mod ondisk;
+pub mod passwords;
 pub mod programs;
 pub mod recovery;
 pub mod server;

@@ -28,6 +28,7 @@ pub mod check_target;
 pub mod clean_up;
 pub mod clone;
 pub mod collation;
+pub mod passwords;
 pub mod recovery;
 pub mod server;
 pub mod settings;

@@ -28,7 +28,7 @@ impl EngineKind {
 
     /// Whether data may have a time at which they are gone by themselves.
     pub fn expires_keys(self) -> bool {
-        matches!(self, EngineKind::Redis)
+        matches!(self, EngineKind::Redis | EngineKind::Valkey)
     }
 
     /// The engine with this name.

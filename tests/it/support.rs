@@ -6,6 +6,7 @@ pub mod mariadb;
 pub mod matrix;
 pub mod postgres;
 pub mod redis;
+pub mod redis_stage;
 pub mod s3;
 pub mod s3_proxy;
 pub mod s3_recorder;

@@ -5,7 +5,7 @@ use std::ops::Range;
 use toml::de::{DeTable, DeValue};
 
 use super::raw::RawConfig;
-use super::value::nearest;
+use crate::base::words::nearest;
 use crate::error::{Error, Kind, Result};
 
 /// Reads the text as keys and types; what they mean is checked later.

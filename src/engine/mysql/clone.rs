@@ -27,7 +27,7 @@ use crate::engine::mysql::programs::{self, SERVER, Version};
 use crate::engine::mysql::server::{Server, pause, running_in, stop_now};
 use crate::engine::mysql::session::{Endpoint, Session, quoted};
 use crate::engine::mysql::source::read_password;
-use crate::engine::mysql::{check_target, clean_up, recovery};
+use crate::engine::mysql::{check_target, clean_up, passwords, recovery};
 use crate::engine::{
     AcceptedClone, CleanUpItem, CloneEngine, CloneSite, LogGeometry, LogSource, Progress, Recovered, ServerIdentity,
 };
@@ -35,6 +35,7 @@ use crate::error::{Context, Error, Kind, Result};
 use crate::model::backup::FileMeta;
 use crate::model::check::CheckItem;
 use crate::model::engine_kind::EngineKind;
+use crate::model::password::Passwords;
 use crate::model::position::Position;
 use crate::model::target::Target;
 
@@ -236,6 +237,12 @@ impl CloneEngine for MariaDbCloner {
         let grounds = self.grounds(site).await?;
         let session = self.quarantined(&grounds, site).await.context(what)?;
         clean_up::clean_up(&session, site).await.context(what)
+    }
+
+    async fn change_passwords(&self, site: &CloneSite, new: &Passwords) -> Result<Vec<CleanUpItem>> {
+        let grounds = self.grounds(site).await?;
+        let session = self.quarantined(&grounds, site).await?;
+        passwords::change(&session, new).await
     }
 
     async fn hand_over(&self, site: &CloneSite, open: bool) -> Result<ServerIdentity> {

@@ -130,8 +130,17 @@ impl Session {
         text.parse().map_err(|_| Error::new(Kind::Server, format!("the server answered '{sql}' with '{text}'")))
     }
 
+    /// Runs a statement of which nothing may be shown: errors of ours speak of `shown` instead.
+    pub async fn execute_hidden(&self, sql: &str, shown: &str) -> Result<()> {
+        self.ask_within(Duration::from_secs(LOOK_UP_SECONDS_MAX), sql, shown).await.map(|_| ())
+    }
+
     /// The answer to a statement that may take long. After the limit the connection counts as broken.
     pub async fn query_within(&self, limit: Duration, sql: &str) -> Result<Rows> {
+        self.ask_within(limit, sql, sql).await
+    }
+
+    async fn ask_within(&self, limit: Duration, sql: &str, shown: &str) -> Result<Rows> {
         if self.is_broken() {
             return Err(broken("an earlier answer was given up"));
         }
@@ -142,7 +151,7 @@ impl Session {
         let outcome = answered.map_err(|_| {
             Error::new(
                 Kind::Unreachable,
-                format!("the server did not answer '{}' within {} seconds", first_words(sql), limit.as_secs()),
+                format!("the server did not answer '{}' within {} seconds", first_words(shown), limit.as_secs()),
             )
             .hint("is the server overloaded, or is a lock in the way? see 'SHOW PROCESSLIST'")
         })?;

@@ -19,7 +19,7 @@ use crate::engine::postgres::ondisk::control::{CONTROL_FILE_PATH, ClusterState, 
 use crate::engine::postgres::server::{Programs, Server, is_in_use, pause, running_postmaster, stop_now};
 use crate::engine::postgres::session::Session;
 use crate::engine::postgres::settings::SourceSettings;
-use crate::engine::postgres::{check_target, clean_up, recovery};
+use crate::engine::postgres::{check_target, clean_up, passwords, recovery};
 use crate::engine::{
     AcceptedClone, CleanUpItem, CloneEngine, CloneSite, LogGeometry, LogSource, Progress, Recovered, ServerIdentity,
 };
@@ -27,6 +27,7 @@ use crate::error::{Context, Error, Kind, Result};
 use crate::model::backup::FileMeta;
 use crate::model::check::CheckItem;
 use crate::model::engine_kind::EngineKind;
+use crate::model::password::Passwords;
 use crate::model::position::{Lsn, Position};
 use crate::model::target::Target;
 
@@ -212,6 +213,11 @@ impl CloneEngine for PostgresCloner {
     async fn clean_up(&self, site: &CloneSite) -> Result<Vec<CleanUpItem>> {
         let grounds = self.grounds(site).await?;
         clean_up::clean_up(&grounds, site).await.context(|| format!("cannot clean up clone '{}'", site.clone_name))
+    }
+
+    async fn change_passwords(&self, site: &CloneSite, passwords: &Passwords) -> Result<Vec<CleanUpItem>> {
+        let grounds = self.grounds(site).await?;
+        passwords::change(&grounds, site, passwords).await
     }
 
     async fn hand_over(&self, site: &CloneSite, open: bool) -> Result<ServerIdentity> {

@@ -11,6 +11,7 @@ use crate::engine::CloneSite;
 use crate::engine::redis::backup::{RDB_VERSION_FACT, USED_MEMORY_FACT};
 use crate::engine::redis::clone::RedisCloner;
 use crate::engine::redis::ondisk::rdb::{RdbFamily, RdbVersion};
+use crate::engine::redis::passwords;
 use crate::engine::redis::recovery::end_of;
 use crate::engine::redis::settings::{check_ordered, modules};
 use crate::engine::redis::source::product_name;
@@ -38,6 +39,7 @@ pub(super) async fn check_target(site: &CloneSite, target: &Target, cloner: &Red
         Ok(()) => CheckItem::pass("settings", format!("{} ordered", site.settings.len())),
         Err(error) => CheckItem::fail("settings", error.message(), error.hint_text().unwrap_or_default()),
     });
+    items.extend(passwords::check(site));
     items.extend(module_item(site));
     items.extend(memory_item(site));
     Ok(items)

@@ -16,7 +16,7 @@ use crate::engine::redis::server::{Programs, Server, processes_in, stop_now};
 use crate::engine::redis::session::{Address, Endpoint};
 use crate::engine::redis::settings::{AGENT_PASSWORD_FILE, AGENT_USER, APPEND_DIR, CONF_FILE, ConfInput, SOCKET_FILE};
 use crate::engine::redis::source::NO_SYSTEM_ID;
-use crate::engine::redis::{check_target, clean_up, recovery};
+use crate::engine::redis::{check_target, clean_up, passwords, recovery};
 use crate::engine::{
     AcceptedClone, CleanUpItem, CloneEngine, CloneSite, LogGeometry, LogSource, Progress, Recovered, ServerIdentity,
 };
@@ -24,6 +24,7 @@ use crate::error::{Context, Error, Kind, Result};
 use crate::model::backup::{FileKind, FileMeta};
 use crate::model::check::CheckItem;
 use crate::model::engine_kind::EngineKind;
+use crate::model::password::Passwords;
 use crate::model::target::Target;
 
 /// Grows clones of Redis servers on this host.
@@ -143,6 +144,11 @@ impl CloneEngine for RedisCloner {
     async fn clean_up(&self, site: &CloneSite) -> Result<Vec<CleanUpItem>> {
         let grounds = self.grounds(site).await?;
         clean_up::clean_up(&grounds, site).await.context(|| format!("cannot clean up clone '{}'", site.clone_name))
+    }
+
+    async fn change_passwords(&self, site: &CloneSite, new: &Passwords) -> Result<Vec<CleanUpItem>> {
+        let grounds = self.grounds(site).await?;
+        passwords::change(&grounds.server.user, site, new).await
     }
 
     async fn hand_over(&self, site: &CloneSite, open: bool) -> Result<ServerIdentity> {

@@ -25,6 +25,7 @@ use crate::base::users::User;
 use crate::engine::redis::backup::{BASE_FACT, LOG_TIMES_FACT, RDB_VERSION_FACT};
 use crate::engine::redis::clone::Grounds;
 use crate::engine::redis::geometry::file_name;
+use crate::engine::redis::keep_expired::{self, Kept};
 use crate::engine::redis::ondisk::aof::{AofWalker, Mark};
 use crate::engine::redis::ondisk::manifest::{Manifest, ManifestPart, PartKind};
 use crate::engine::redis::ondisk::rdb::{RdbFamily, RdbVersion};
@@ -61,6 +62,8 @@ struct Assembled {
     log_bytes: u64,
     increments: u64,
     base_bytes: u64,
+    /// Expired keys are kept by the last increment.
+    kept: Option<Kept>,
 }
 
 pub(super) async fn recover(
@@ -281,6 +284,10 @@ impl Assembly {
             self.increments.push(part(name, 1, PartKind::Increment));
         }
         let increments = self.increments.len() as u64;
+        let kept = match site.keep_expired {
+            true => Some(self.keep_expired(site, end).await?),
+            false => None,
+        };
         let manifest = Manifest { base: Some(self.base), increments: self.increments, history: Vec::new() };
         let (dir, user) = (self.dir, self.user);
         run_blocking("write manifest", move || {
@@ -296,7 +303,23 @@ impl Assembly {
             log_bytes: self.log_bytes,
             increments,
             base_bytes: self.base_bytes,
+            kept,
         })
+    }
+
+    /// Adds the increment that keeps expired keys, behind all others.
+    async fn keep_expired(&mut self, site: &CloneSite, end: End) -> Result<Kept> {
+        let by_second = match end {
+            End::BeforeSecond(second) => Some(second),
+            End::Open | End::At { .. } => self.last_second,
+        };
+        let sequence = self.increments.len() as u64 + 1;
+        let name = format!("{APPEND_FILE}.{sequence}.incr.aof");
+        let (path, user, site) = (self.dir.join(&name), self.user.clone(), site.clone());
+        let write = move || keep_expired::write(&path, &user, &site, by_second);
+        let kept = run_blocking("keep expired keys", write).await?;
+        self.increments.push(part(name, sequence, PartKind::Increment));
+        Ok(kept)
     }
 }
 
@@ -430,6 +453,9 @@ async fn start(
     let endpoint = grounds.server.endpoint();
     let show = |done: u64, total: u64| progress.set(done, total);
     let mut session = grounds.server.wait_until_loaded(process, &endpoint, cancel, show).await?;
+    if let Some(kept) = &assembled.kept {
+        verified.push(keep_expired::report(&mut session, kept).await?);
+    }
     let info = session.info(&["server", "persistence", "replication", "keyspace"]).await?;
     let value = |key: &str| info.get(key).map_or("", String::as_str);
     let logged: u64 = value("aof_current_size").parse().unwrap_or(0);
