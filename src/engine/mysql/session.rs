@@ -17,7 +17,7 @@ use crate::base::bulk::run_blocking;
 use crate::base::users::{User, connect_unix_as};
 use crate::error::{Context, Error, Kind, Result};
 
-mod wire;
+pub mod wire;
 
 use wire::{Greeting, Reply};
 

@@ -200,8 +200,7 @@ impl Session {
         let limit = Duration::from_secs(ANSWER_SECONDS_MAX);
         let answer = tokio::time::timeout(limit, async {
             self.stream.get_mut().write_all(&request).await.context(|| "cannot ask the server")?;
-            let mut left = ANSWER_BYTES_MAX;
-            read_reply(&mut self.stream, &mut left, ANSWER_DEPTH_MAX).await
+            read_answer(&mut self.stream).await
         });
         let reply = answer.await.map_err(|_| {
             Error::new(Kind::Unreachable, format!("the server did not answer in {ANSWER_SECONDS_MAX} seconds"))
@@ -264,6 +263,11 @@ fn read_password(path: &std::path::Path) -> Result<String> {
     Ok(text.lines().next().unwrap_or_default().to_string())
 }
 
+/// Reads one answer, within the limits of a session.
+pub async fn read_answer<R: AsyncRead + Unpin>(stream: &mut BufReader<R>) -> Result<Reply> {
+    read_reply(stream, &mut { ANSWER_BYTES_MAX }, ANSWER_DEPTH_MAX).await
+}
+
 /// Reads one answer of at most `left` bytes, in lists at most `depth` deep.
 async fn read_reply<R: AsyncRead + Unpin>(stream: &mut BufReader<R>, left: &mut usize, depth: usize) -> Result<Reply> {
     let line = read_line(stream).await?;
@@ -277,8 +281,12 @@ async fn read_reply<R: AsyncRead + Unpin>(stream: &mut BufReader<R>, left: &mut 
         b'$' | b'*' if number()? < 0 => Ok(Reply::Nothing),
         b'$' => {
             let length = take_room(number()?, left)?;
-            let mut bytes = vec![0; length + 2];
-            stream.read_exact(&mut bytes).await.context(|| "the server's answer is cut off")?;
+            // Grows with what arrives and not with what is promised.
+            let (mut bytes, wanted) = (Vec::new(), length + 2);
+            let read = (&mut *stream).take(wanted as u64).read_to_end(&mut bytes).await;
+            if read.context(|| "the server's answer is cut off")? < wanted {
+                return Err(Error::new(Kind::Unreachable, "the server's answer is cut off"));
+            }
             bytes.truncate(length);
             Ok(Reply::Text(bytes))
         }
