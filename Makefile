@@ -91,3 +91,10 @@ demo: install-test-servers ## two agents, a PostgreSQL, a dropped table, and a c
 .PHONY: story-faults
 story-faults: install-test-servers ## kills, fencing, slots and cost on real servers
 	@$(WITH_SERVERS) $(CARGO) test --locked --test it -- story_killing story_fencing story_slot story_cost --nocapture --test-threads=1
+
+# Needs cargo-fuzz and a nightly compiler, so it is part of nothing; `make test` attacks the same parsers without either.
+PARSER ?= mysql_binlog
+.PHONY: fuzz
+fuzz: ## attack one parser of foreign bytes for ten minutes: PARSER=mysql_binlog, see tests/fuzz/README.md
+	KEIKI_WRITE_CORPUS="$(TARGET_DIR)/corpus" $(CARGO) test --locked --quiet --test it -- hostile_bytes::$(PARSER) --exact
+	$(CARGO) +nightly fuzz run --fuzz-dir tests/fuzz $(PARSER) "$(TARGET_DIR)/corpus/$(PARSER)" -- -max_total_time=600

@@ -4,6 +4,7 @@ mod support;
 
 mod bad_input;
 mod download;
+mod hostile_bytes;
 mod catalogue_scale;
 mod story_cost;
 mod engine_contract;
