@@ -8,6 +8,7 @@ use crate::engine::CloneSite;
 use crate::engine::mysql::backup::fact;
 use crate::engine::mysql::clone::version_of;
 use crate::engine::mysql::programs::{self, BACKUP, SERVER};
+use crate::engine::mysql::settings::{LAYOUT, SETTING_FACT_PREFIX};
 use crate::error::Result;
 use crate::model::check::CheckItem;
 use crate::model::target::Target;
@@ -24,6 +25,8 @@ const PLUGIN_DIRS: [&str; 5] = [
 /// See [`crate::engine::CloneEngine::check_target`].
 pub async fn check_target(site: &CloneSite, target: &Target, default_bin_dir: Option<&Path>) -> Result<Vec<CheckItem>> {
     let mut items: Vec<CheckItem> = second_item(target).into_iter().collect();
+    items.extend(layout_items(site));
+    items.extend(statement_item(site, target));
     let version = version_of(site)?;
     let bin_dir = site.bin_dir.as_deref().or(default_bin_dir);
     for (what, names) in [("server program", SERVER), ("backup program", BACKUP)] {
@@ -61,6 +64,32 @@ fn second_item(target: &Target) -> Option<CheckItem> {
         format!("{target} is not a whole second, and the log of MariaDB has only those"),
         format!("choose {}, or a GTID, or a log file and offset", Target::Time(floor)),
     ))
+}
+
+/// What an order must not set, because the files of the source are as they are.
+fn layout_items(site: &CloneSite) -> Vec<CheckItem> {
+    let differs = |name: &&str| {
+        let wanted = site.settings.iter().find(|(set, _)| set.replace('-', "_").eq_ignore_ascii_case(name))?.1;
+        let found = site.facts.get(&format!("{SETTING_FACT_PREFIX}{name}")).filter(|found| *found != wanted)?;
+        Some(CheckItem::fail(
+            *name,
+            format!("'{wanted}' was ordered, and the files of the source were written with '{found}'"),
+            format!("leave out '--set {name}=...': a clone has the source's value"),
+        ))
+    };
+    LAYOUT.iter().filter_map(differs).collect()
+}
+
+/// A replayed statement need not do what it did on the source.
+fn statement_item(site: &CloneSite, target: &Target) -> Option<CheckItem> {
+    let is_statement = site.facts.get(&format!("{SETTING_FACT_PREFIX}binlog_format"))? == "STATEMENT";
+    (is_statement && !matches!(target, Target::Backup(_))).then(|| {
+        CheckItem::warn(
+            "log format",
+            "STATEMENT when the backup was taken: a replayed statement may do something else than it did on the source",
+            "clone to a backup, which replays nothing; 'SET GLOBAL binlog_format = ROW' on the source, and take a new one",
+        )
+    })
 }
 
 /// The libraries of the source's plugins. Where this host keeps them is not known if none of the usual places exists.

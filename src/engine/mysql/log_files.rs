@@ -70,8 +70,10 @@ async fn list_unnamed(engine: &MariaDbEngine, after: Option<&str>) -> Result<Log
     let files = run_blocking("list binary logs", move || {
         let index =
             std::fs::read_to_string(&place.index).context(|| format!("cannot read '{}'", place.index.display()))?;
-        let numbers = numbers_in_index(&index, &place.base_name(), open);
-        listed_files(&place, numbers.into_iter().filter(|number| after.is_none_or(|after| *number > after)), offset)
+        let mut numbers = numbers_in_index(&index, &place.base_name(), open);
+        numbers.retain(|number| after.is_none_or(|after| *number > after));
+        require_next(after, numbers.first().copied())?;
+        listed_files(&place, numbers.into_iter(), offset)
     });
     let position = Position::File { number: open, offset };
     Ok(LogListing { files: files.await?, durable_end: DurableEnd { position, observed_at } })
@@ -86,6 +88,18 @@ fn begins_again(open: u64, after: u64) -> Error {
         "was RESET MASTER run, 'log_bin' renamed, or the data directory set back? its old archive stays as it is: give \
          the instance another name in the configuration, and take a backup",
     )
+}
+
+/// The server gives its files numbers without a gap, so a number that is left out was purged.
+fn require_next(after: Option<u64>, first: Option<u64>) -> Result<()> {
+    match (after.and_then(|after| after.checked_add(1)), first) {
+        (Some(next), Some(first)) if next < first => Err(Error::new(
+            Kind::NotFound,
+            format!("log file {next} was purged before it was shipped: the binary log begins with file {first} now"),
+        )
+        .hint("the archive has a hole there: take a new backup, and see 'binlog_expire_logs_seconds'")),
+        _ => Ok(()),
+    }
 }
 
 /// Number and offset of the end of the log.
@@ -154,6 +168,14 @@ mod tests {
             "./old-bin.000009\n./binlog.000010\n/var/log/mysql/binlog.000011\nbinlog.1000000\nbinlog.000012\n\n";
         assert_eq!(numbers_in_index(index, "binlog", 12), [10, 11, 12]);
         assert_eq!(numbers_in_index(index, "binlog", 2_000_000), [10, 11, 12, 1_000_000]);
+    }
+
+    #[test]
+    fn a_number_that_is_left_out_is_a_file_that_was_purged() {
+        assert_eq!(require_next(Some(4), Some(6)).unwrap_err().kind(), Kind::NotFound);
+        for (after, first) in [(None, Some(6)), (Some(5), Some(6)), (Some(5), None), (Some(u64::MAX), Some(1))] {
+            require_next(after, first).unwrap();
+        }
     }
 
     #[test]

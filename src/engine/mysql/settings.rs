@@ -12,8 +12,10 @@ use crate::error::Result;
 /// The prefix of a setting's key in the facts of a backup.
 pub const SETTING_FACT_PREFIX: &str = "setting.";
 
-/// Recorded whatever their origin: data written under one value are read wrongly, or not at all, under another.
-const ALWAYS_RECORDED: [&str; 10] = [
+/// Recorded whatever their origin: data written under one value are read wrongly, or not at all, under another, and the
+/// log is replayed as it was written.
+const ALWAYS_RECORDED: [&str; 11] = [
+    "binlog_format",
     "character_set_server",
     "collation_server",
     "innodb_data_file_path",
@@ -25,6 +27,11 @@ const ALWAYS_RECORDED: [&str; 10] = [
     "time_zone",
     "explicit_defaults_for_timestamp",
 ];
+
+/// Of those, the ones that are part of how a data directory is laid out: a server with another value does not start on it,
+/// or does not find its tables.
+pub const LAYOUT: [&str; 4] =
+    ["innodb_data_file_path", "innodb_page_size", "innodb_undo_tablespaces", "lower_case_table_names"];
 
 /// Beginnings of the names of settings that a clone does not take over.
 const LEFT_PREFIXES: [&str; 30] = [
