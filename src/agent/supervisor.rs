@@ -21,6 +21,7 @@ use crate::job::ports::RepositoryDoor;
 use crate::model::backup::{Backup, BackupKind};
 use crate::model::id::IncarnationId;
 use crate::model::incarnation::LeaseHolder;
+use crate::model::window::Hole;
 use crate::peer::access::Caller;
 use crate::peer::api::{InstanceState, InstanceStatus};
 use crate::repo::backup_reader::Backups;
@@ -220,6 +221,7 @@ impl Supervisor {
     /// What `keiki status` shows.
     pub async fn status(&self) -> InstanceStatus {
         let last_backup = self.last_backup().await;
+        let backup_stop = last_backup.as_ref().map(|backup| backup.stop);
         let mut status = InstanceStatus {
             name: self.config.name.clone(),
             engine: self.config.engine.name().to_string(),
@@ -236,7 +238,12 @@ impl Supervisor {
             problem: None,
         };
         match self.archiver() {
-            Ok(archiver) => fill_from_archiver(&mut status, &archiver),
+            Ok(archiver) => {
+                fill_from_archiver(&mut status, &archiver);
+                let hole = backup_stop.and_then(|stop| archiver.hole_behind(stop).ok().flatten());
+                status.problem =
+                    status.problem.or_else(|| hole.map(|hole| hole_since_backup(&self.config.name, &hole)));
+            }
             Err(_) => {
                 status.problem = self.lock().obstacle.clone();
                 status.state = match &status.problem {
@@ -279,6 +286,13 @@ fn state_of(state: ArchiveState) -> InstanceState {
 /// Whether somebody must act before it is worth trying again.
 fn is_refusal(error: &Error) -> bool {
     matches!(error.kind(), Kind::Fenced | Kind::Conflict)
+}
+
+/// What is archived behind a hole is worth nothing without a backup behind it.
+fn hole_since_backup(name: &str, hole: &Hole) -> Error {
+    let (from, to) = (hole.from, hole.to);
+    Error::new(Kind::NotFound, format!("its log from {from} to {to} was gone from the server before it was shipped"))
+        .hint(format!("no later moment can be cloned before a new backup is taken: 'keiki backup create {name}'"))
 }
 
 fn fill_from_archiver(status: &mut InstanceStatus, archiver: &Archiver) {

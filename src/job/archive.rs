@@ -29,6 +29,7 @@ use crate::model::id::IncarnationId;
 use crate::model::incarnation::LeaseHolder;
 use crate::model::log::{LogChunk, LogSummary};
 use crate::model::position::Position;
+use crate::model::window::Hole;
 use crate::repo::lease::LeaseKeeper;
 use crate::repo::log_catalogue::LogCatalogue;
 use crate::repo::log_writer::{LogBytes, LogWriter};
@@ -176,6 +177,16 @@ impl Archiver {
         }
         let stretches = contiguous(self.writer.catalogue(), self.geometry.as_ref())?;
         Ok(stretches.iter().any(|stretch| stretch.from <= from && to <= stretch.to))
+    }
+
+    /// The first stretch of log behind a position that is missing, although what comes after it is in the repository: the
+    /// server forgot it before it was shipped. Log that is on its way is not missing. Asks nobody.
+    pub fn hole_behind(&self, position: Position) -> Result<Option<Hole>> {
+        let shipped = self.lock().shipped;
+        let stretches = contiguous(self.writer.catalogue(), self.geometry.as_ref())?;
+        let gaps = stretches.iter().zip(stretches.iter().skip(1)).map(|(before, after)| (before.to, after.from));
+        let hole = gaps.into_iter().find(|(_, to)| *to > position && shipped.is_some_and(|shipped| *to <= shipped));
+        Ok(hole.map(|(from, to)| Hole { from, to, from_time: None, to_time: None }))
     }
 
     /// How archiving goes, as of the last look. Asks nobody.

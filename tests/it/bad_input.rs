@@ -12,6 +12,7 @@ use std::process::Output;
 use super::support::hosts::{Host, Lab, fingerprint, tail};
 use super::support::two_hosts::processes_in;
 
+mod binlogs;
 mod configuration;
 mod damage;
 mod mask;

@@ -63,10 +63,14 @@ pub async fn find(names: &[&str], wanted: Option<&Path>, needed: Version) -> Res
     let mut others = Vec::new();
     let paths: Vec<PathBuf> =
         directories.iter().flat_map(|directory| names.iter().map(move |name| directory.join(name))).collect();
+    let mut looked_at = Vec::new();
     for path in paths {
-        if !path.is_file() {
+        // An older name of a program is a link to the newer one.
+        let real = std::fs::canonicalize(&path).unwrap_or_default();
+        if !path.is_file() || looked_at.contains(&real) {
             continue;
         }
+        looked_at.push(real);
         let asked = ChildCommand::new(&path).arg("--no-defaults").arg("--version");
         let finished = asked.run(&CancellationToken::new()).await?;
         let text = [finished.stdout, finished.stderr].concat();
@@ -79,9 +83,10 @@ pub async fn find(names: &[&str], wanted: Option<&Path>, needed: Version) -> Res
         }
     }
     let series = format!("{}.{}", needed.major, needed.minor);
-    let (kind, found) = match others.is_empty() {
-        true => (Kind::NotFound, "it is not installed in a usual place".to_string()),
-        false => (Kind::Unsupported, format!("found only {}", others.join(", "))),
+    let (kind, found) = match (others.is_empty(), wanted) {
+        (true, Some(directory)) => (Kind::NotFound, format!("it is not in '{}'", directory.display())),
+        (true, None) => (Kind::NotFound, "it is not installed in a usual place".to_string()),
+        (false, _) => (Kind::Unsupported, format!("found only {}", others.join(", "))),
     };
     Err(Error::new(kind, format!("cannot find '{}' of MariaDB {series}: {found}", names[0])).hint(format!(
         "install '{}' of series {series} on this host, or set 'bin_dir' to the directory of its programs",

@@ -303,6 +303,12 @@ async fn log_that_the_server_forgot_is_shown_as_a_hole_and_archiving_goes_on_beh
     assert_eq!(second.ship_now().await.unwrap().position, Position::Count(300));
     let hole = second.status().hole.unwrap();
     assert_eq!((hole.from, hole.to), (Position::Count(100), Position::Count(192)));
+    // A later run still knows of it, for as long as no backup lies behind it.
+    let third = site.claim(holder(3)).await.unwrap();
+    assert_eq!(third.hole_behind(Position::Count(10)).unwrap(), None);
+    third.ship_now().await.unwrap();
+    assert_eq!(third.hole_behind(Position::Count(10)).unwrap(), Some(hole.clone()));
+    assert_eq!(third.hole_behind(hole.to).unwrap(), None);
 }
 
 #[tokio::test]

@@ -65,6 +65,9 @@ pub fn choose(
         Target::Name(_) => match named_at {
             Some(Position::Wal { lsn, .. }) => ask.at_lsn(lsn, oldest, newest),
             Some(position) => ask.at_position(position, oldest, newest),
+            None if !matches!(newest.to, Position::Wal { .. }) => Err(ask
+                .refuse("the log of its engine has no restore points")
+                .hint("choose a time, a position or a backup; 'keiki window' shows what can be reached")),
             None => Err(ask
                 .refuse("no restore point of that name is in its log")
                 .hint("names are made with pg_create_restore_point('NAME') on the source, and are case sensitive")),
