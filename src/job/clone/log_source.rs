@@ -94,10 +94,8 @@ impl RepositoryLog {
         let mut blocks = self.blocks.lock().await;
         blocks.ahead.retain(|id, _| following.contains(id));
         for id in following {
-            if !blocks.ahead.contains_key(&id) {
-                let task = self.fetch(&id);
-                blocks.ahead.insert(id, task);
-            }
+            let task = || self.fetch(&id);
+            blocks.ahead.entry(id.clone()).or_insert_with(task);
         }
         Ok(())
     }
