@@ -24,6 +24,7 @@ pub mod check_source;
 pub mod check_target;
 pub mod clean_up;
 pub mod clone;
+pub mod cluster;
 pub mod geometry;
 pub mod hold;
 pub mod keep_expired;

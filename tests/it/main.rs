@@ -6,6 +6,7 @@ mod bad_input;
 mod download;
 mod hostile_bytes;
 mod catalogue_scale;
+mod story_cluster;
 mod story_cost;
 mod engine_contract;
 mod story_fencing;

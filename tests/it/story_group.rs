@@ -4,6 +4,7 @@
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -14,12 +15,12 @@ use keiki::engine::mysql::session::{Endpoint, Session};
 use keiki::engine::mysql::source::read_password;
 use serde_json::Value;
 
-use super::support::hosts::{Host, HostOptions, Lab, free_port, instance_section, wait_for};
+use super::support::hosts::{Host, HostOptions, KEIKI, Lab, free_port, instance_section, wait_for};
 use super::support::ledger;
 use super::support::mariadb::MariaServer;
 use super::support::postgres::{TestServer, Version, server_user};
 use super::support::redis::{Client, TestRedis, bin_dir};
-use super::support::two_hosts::{SOON, job, sql_at, try_sql_at};
+use super::support::two_hosts::{SOON, job, sql_at, step, try_sql_at, wait_until_ended};
 
 /// The members' instances, in the order of the ledger.
 const MEMBERS: [&str; 3] = ["orders", "catalogue", "cart"];
@@ -308,4 +309,105 @@ fn refuse_what_is_no_moment_of_all(scene: &Scene, second: i64) {
     let status = scene.a.keiki_ok(&["status"]);
     assert!(status.contains("orders, a/catalogue, a/cart"), "{status}");
     assert!(!scene.clone_dir("no", "orders").exists());
+}
+
+/// Changes a byte in the middle of every pack of an incarnation, or changes it back.
+fn flip_a_byte_of_each_pack(incarnation: &Path) {
+    for entry in std::fs::read_dir(incarnation.join("packs")).unwrap() {
+        let path = entry.unwrap().path();
+        let mut bytes = std::fs::read(&path).unwrap();
+        // A frame comes first in a pack, its index last.
+        bytes[24] ^= 0x40;
+        std::fs::write(&path, bytes).unwrap();
+    }
+}
+
+#[test]
+fn story_group_whose_member_fails_stays_closed_and_goes_on_when_it_is_resumed() {
+    let mut scene = Scene::start();
+    let (entries, first, last) = scene.write_history(2);
+    let at = Timestamp::from_second((first + last) / 2).unwrap();
+    let incarnation = scene.a.instance("cart")["incarnation"].as_str().unwrap().to_string();
+    let incarnation = scene.lab.path("repository/incarnations").join(incarnation);
+    flip_a_byte_of_each_pack(&incarnation);
+
+    let order = ["clone", "shop", "--to", "b", "--as", "check", "--at", &at.to_string()];
+    let said = scene.a.keiki_fails(&order);
+    println!("{said}");
+    for word in ["cannot clone group 'shop': 'check-cart'", "wait closed", "keiki job resume", "keiki discard check"] {
+        assert!(said.contains(word), "'{word}' is not in: {said}");
+    }
+    let jobs = scene.b.json(&["job", "list"]);
+    let group = jobs.as_array().unwrap().iter().find(|job| job["task"]["kind"] == "clone-group").unwrap();
+    let id = group["id"].as_str().unwrap().to_string();
+    let members_held = |host: &Host| {
+        let states: Vec<Value> =
+            job(host, &id)["members"].as_array().unwrap().iter().map(|m| m["state"].clone()).collect();
+        states == ["held", "held", "failed"]
+    };
+    wait_for("the other members to be ready", SOON, || members_held(&scene.b));
+    let port = port_of(&job(&scene.b, &id), "check-orders");
+    assert!(try_sql_at(&scene.postgres, port, "SELECT 1").is_err(), "a member of a failed group listens");
+    assert!(scene.b.keiki_fails(&["accept", "check"]).contains("has failed"));
+    assert!(scene.b.keiki_fails(&["accept", "check-orders"]).contains("belongs to group 'check'"));
+    assert!(MEMBERS.iter().all(|member| scene.b.instance(&format!("check-{member}")).is_null()));
+
+    // A restart changes nothing about that.
+    scene.b.kill_agent();
+    scene.b.start_agent();
+    assert!(members_held(&scene.b), "{:#}", job(&scene.b, &id));
+    flip_a_byte_of_each_pack(&incarnation);
+    scene.b.keiki_ok(&["job", "resume", &id]);
+    let done = job(&scene.b, &id);
+    assert_eq!(complaints(&entries, at, &scene.found("check", &done)), Vec::<String>::new());
+
+    // The same failure, and this time all of it is deleted.
+    flip_a_byte_of_each_pack(&incarnation);
+    let order = ["clone", "shop", "--to", "b", "--as", "other", "--at", &at.to_string()];
+    assert!(scene.a.keiki_fails(&order).contains("'other-cart'"));
+    scene.b.keiki_ok(&["discard", "other", "--yes"]);
+    assert!(MEMBERS.iter().all(|member| !scene.clone_dir("other", member).exists()), "something was left");
+}
+
+/// What the members of a group are by now.
+fn states(host: &Host, id: &str) -> Vec<String> {
+    let members = job(host, id)["members"].as_array().cloned().unwrap_or_default();
+    members.iter().map(|member| member["state"].as_str().unwrap().to_string()).collect()
+}
+
+#[test]
+fn story_group_is_opened_as_a_whole_although_the_agent_dies_in_between() {
+    let mut scene = Scene::start();
+    let (entries, first, last) = scene.write_history(2);
+    let at = Timestamp::from_second((first + last) / 2).unwrap();
+    let opens = |host: &Host, id: &str| states(host, id).iter().any(|state| state == "done");
+    let is_accepting = |host: &Host, id: &str| step(&job(host, id), "accept")["state"] != "waiting";
+    let is_growing = |host: &Host, id: &str| states(host, id).len() == MEMBERS.len();
+    type Moment<'m> = (&'m str, &'m dyn Fn(&Host, &str) -> bool);
+    let moments: [Moment<'_>; 3] = [("grown", &is_growing), ("accepted", &is_accepting), ("half-open", &opens)];
+    for (name, has_come) in moments {
+        let hold = name != "grown";
+        let time = at.to_string();
+        let mut order = vec!["clone", "shop", "--to", "b", "--as", name, "--at", &time];
+        order.push(if hold { "--hold" } else { "--detach" });
+        let id = scene.a.json(&order)["id"].as_str().unwrap().to_string();
+        let accepting = hold.then(|| {
+            let mut command = Command::new(KEIKI);
+            command.arg("--config").arg(&scene.b.config).args(["accept", name]);
+            command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()
+        });
+        wait_for(&format!("the group to be {name}"), SOON, || has_come(&scene.b, &id));
+        println!("killed when it was {name}: {:?}", states(&scene.b, &id));
+        scene.b.kill_agent();
+        if let Some(mut accepting) = accepting {
+            accepting.wait().unwrap();
+        }
+        scene.b.start_agent();
+        let done = wait_until_ended(&scene.b, &id);
+        assert_eq!(done["state"], "done", "{done:#}\n--- agent\n{}", scene.b.log());
+        assert_eq!(states(&scene.b, &id), ["done"; 3]);
+        assert_eq!(complaints(&entries, at, &scene.found(name, &done)), Vec::<String>::new());
+        scene.b.keiki_ok(&["discard", name, "--yes"]);
+        assert!(MEMBERS.iter().all(|member| !scene.clone_dir(name, member).exists()), "something was left");
+    }
 }

@@ -21,6 +21,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::base::bulk::run_on_thread;
 use crate::engine::redis::Inner;
+use crate::engine::redis::cluster;
 use crate::engine::redis::ondisk::aof::AofWalker;
 use crate::engine::redis::ondisk::manifest::ManifestPart;
 use crate::engine::redis::ondisk::rdb::{HEADER_BYTES_WANTED, RdbCheck, RdbHeader, RdbVerdict};
@@ -299,6 +300,7 @@ async fn server_facts(session: &mut Session) -> Result<Vec<(String, String)>> {
     for module in session.ask(&["MODULE", "LIST"]).await?.list()? {
         facts.push(module_of(module)?.fact());
     }
+    facts.extend(cluster::facts_of(session, &settings).await?);
     Ok(facts)
 }
 

@@ -16,9 +16,10 @@ use crate::engine::redis::server::{Programs, Server, processes_in, stop_now};
 use crate::engine::redis::session::{Address, Endpoint};
 use crate::engine::redis::settings::{AGENT_PASSWORD_FILE, AGENT_USER, APPEND_DIR, CONF_FILE, ConfInput, SOCKET_FILE};
 use crate::engine::redis::source::NO_SYSTEM_ID;
-use crate::engine::redis::{check_target, clean_up, passwords, recovery};
+use crate::engine::redis::{check_target, clean_up, cluster, passwords, recovery};
 use crate::engine::{
     AcceptedClone, CleanUpItem, CloneEngine, CloneSite, LogGeometry, LogSource, Progress, Recovered, ServerIdentity,
+    TiedMember, Ties,
 };
 use crate::error::{Context, Error, Kind, Result};
 use crate::model::backup::{FileKind, FileMeta};
@@ -139,6 +140,14 @@ impl CloneEngine for RedisCloner {
     ) -> Result<Recovered> {
         let grounds = self.grounds(site).await?;
         recovery::recover(&grounds, site, target, logs, progress, &cancel).await
+    }
+
+    fn tie(&self, members: &[TiedMember], listen_addresses: &str) -> Result<(Vec<CheckItem>, Vec<Ties>)> {
+        cluster::tie(members, listen_addresses)
+    }
+
+    async fn confirm_ties(&self, site: &CloneSite, cancel: CancellationToken) -> Result<Vec<CleanUpItem>> {
+        cluster::confirm(site, &cancel).await
     }
 
     async fn clean_up(&self, site: &CloneSite) -> Result<Vec<CleanUpItem>> {

@@ -5,4 +5,5 @@
 
 pub mod aof;
 pub mod manifest;
+pub mod nodes_conf;
 pub mod rdb;

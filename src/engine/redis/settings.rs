@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::path::Path;
 
+use crate::engine::redis::cluster;
 use crate::error::{Error, Kind, Result};
 
 /// Facts of a backup: `setting.<name>`, `acl.<number>` (a line of ACL LIST) and `module.<name>` (path and arguments).
@@ -27,8 +28,7 @@ pub const LOG_FILE: &str = "redis.log";
 pub const AGENT_USER: &str = "keiki";
 pub const AGENT_PASSWORD_FILE: &str = "keiki.password";
 /// What the agent's user may do: ask about the server, and nothing about the data.
-pub const AGENT_RULES: &str =
-    "resetkeys resetchannels -@all +auth +ping +time +info +config|get +bgrewriteaof +acl|list +module|list";
+pub const AGENT_RULES: &str = "resetkeys resetchannels -@all +auth +ping +time +info +config|get +bgrewriteaof +acl|list +module|list +cluster|info +cluster|nodes";
 
 /// The settings that a clone takes over from its source.
 const KEPT: [&str; 53] = [
@@ -224,6 +224,9 @@ pub fn final_conf(input: ConfInput<'_>) -> String {
     conf.set("aclfile", &input.data_dir.join(ACL_FILE).display().to_string());
     for name in KEPT {
         conf.take_over(input, name);
+    }
+    for (name, value) in cluster::settings_of(input.facts) {
+        conf.set(name, &value);
     }
     for (name, value) in input.ordered {
         conf.set_any(&name.to_ascii_lowercase(), value);
