@@ -492,7 +492,7 @@ pub(super) fn free_ports<'a>(
     let of_instances = host.registry.places().into_iter().map(|place| place.port);
     let taken: Vec<u16> = taken.iter().copied().chain(of_instances).collect();
     let is_free = move |port: &u16| !taken.contains(port) && check::port_is_free(*port);
-    let is_redis = engine == EngineKind::Redis;
+    let is_redis = matches!(engine, EngineKind::Redis | EngineKind::Valkey);
     let has_bus =
         move |port: &u16| !is_redis || port.checked_add(CLUSTER_BUS_PORT_OFFSET).is_some_and(check::port_is_free);
     let both = host.ports.clone().filter(is_free.clone()).filter(has_bus);

@@ -1,4 +1,4 @@
-//! A Redis Cluster of three shards, one of them with a replica, is cloned as a group: the clones serve as a cluster of new
+//! A cluster of Redis or Valkey of three shards, one of them with a replica, is cloned as a group: the clones serve as a cluster of new
 //! nodes only, with every key as it was, and the source's cluster does not notice.
 
 use std::collections::BTreeMap;
@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use super::support::hosts::{Host, HostOptions, Lab, free_port, wait_for};
 use super::support::postgres::server_user;
-use super::support::redis::{Answer, Client, TestRedis, bin_dir};
+use super::support::redis::{Answer, Client, Product, TestRedis};
 use super::support::two_hosts::SOON;
 
 const SHARDS: [&str; 3] = ["s1", "s2", "s3"];
@@ -37,15 +37,16 @@ fn node_port() -> u16 {
         .expect("a free port for a node")
 }
 
-fn node(port: u16) -> TestRedis {
+fn node(product: Product, port: u16) -> TestRedis {
     let port = port.to_string();
-    TestRedis::start(&[
+    let settings = [
         ("port", port.as_str()),
         ("bind", "127.0.0.1"),
         ("cluster-enabled", "yes"),
         ("cluster-node-timeout", "20000"),
         ("auto-aof-rewrite-percentage", "0"),
-    ])
+    ];
+    TestRedis::start_of(product, &settings)
 }
 
 fn text(answer: Answer) -> String {
@@ -60,12 +61,12 @@ fn cluster_is_ok(client: &mut Client, nodes: usize) -> bool {
 }
 
 impl Scene {
-    fn start() -> Scene {
+    fn start(product: Product) -> Scene {
         let lab = Lab::new();
         let repository = lab.path("repository");
         std::fs::create_dir(&repository).unwrap();
         let ports: Vec<u16> = (0..4).map(|_| node_port()).collect();
-        let mut nodes: Vec<TestRedis> = ports.iter().map(|port| node(*port)).collect();
+        let mut nodes: Vec<TestRedis> = ports.iter().map(|port| node(product, *port)).collect();
         for (number, slots) in SLOTS.iter().enumerate() {
             let range: Vec<&str> = slots.split(' ').collect();
             nodes[number].run(&["CLUSTER", "ADDSLOTSRANGE", range[0], range[1]]);
@@ -82,11 +83,11 @@ impl Scene {
         wait_for("the replica to follow", SOON, || nodes[3].info("master_link_status") == "up");
         let replica = nodes.pop().unwrap();
 
-        let user = server_user().name;
+        let (user, engine) = (server_user().name, product.engine().name());
         let mut sections = String::new();
         for (name, shard) in SHARDS.iter().zip(&nodes) {
             sections += &format!(
-                "[[instance]]\nname = \"{name}\"\nengine = \"redis\"\ndata_dir = \"{}\"\nsocket = \"{}\"\n\
+                "[[instance]]\nname = \"{name}\"\nengine = \"{engine}\"\ndata_dir = \"{}\"\nsocket = \"{}\"\n\
                  run_as = \"{user}\"\nship_every = \"1s\"\n",
                 shard.data_dir.display(),
                 shard.socket.display()
@@ -94,8 +95,8 @@ impl Scene {
         }
         sections += "[[group]]\nname = \"carts\"\nmembers = [\"s1\", \"s2\", \"s3\"]\n\
                      [[group]]\nname = \"half\"\nmembers = [\"s1\", \"s2\"]\n";
-        let bin_dir = bin_dir();
-        let clones = format!("[clone.redis]\nrun_as = \"{user}\"\nbin_dir = \"{}\"\n", bin_dir.display());
+        let bin_dir = product.bin_dir();
+        let clones = format!("[clone.{engine}]\nrun_as = \"{user}\"\nbin_dir = \"{}\"\n", bin_dir.display());
         let (port_a, port_b) = (free_port(), free_port());
         let options = |name, repository, peers, sections, listen_port| HostOptions {
             name,
@@ -183,8 +184,25 @@ fn table(client: &mut Client) -> Vec<String> {
 }
 
 #[test]
-fn story_cluster_of_three_shards_is_cloned_as_a_group_and_serves_from_its_new_nodes_only() {
-    let scene = Scene::start();
+fn story_cluster_of_redis_7_is_cloned_as_a_group_and_serves_from_its_new_nodes_only() {
+    let scene = Scene::start(Product::Redis7);
+    let (wanted, at) = clone_and_look(&scene);
+    one_shard_alone_is_no_node(&scene, &wanted[0], at);
+    a_moved_slot_is_noticed(&scene);
+}
+
+#[test]
+fn story_cluster_of_redis_8_is_cloned_as_a_group_and_serves_from_its_new_nodes_only() {
+    clone_and_look(&Scene::start(Product::Redis8));
+}
+
+#[test]
+fn story_cluster_of_valkey_9_is_cloned_as_a_group_and_serves_from_its_new_nodes_only() {
+    clone_and_look(&Scene::start(Product::Valkey9));
+}
+
+/// Clones the cluster to a moment, compares everything, and discards it. What each shard had at that moment.
+fn clone_and_look(scene: &Scene) -> (Vec<Dump>, Timestamp) {
     let (a, b) = (&scene.a, &scene.b);
     scene.write(1);
     scene.back_up();
@@ -201,26 +219,27 @@ fn story_cluster_of_three_shards_is_cloned_as_a_group_and_serves_from_its_new_no
     for mut client in scene.clients("copy") {
         assert!(matches!(client.ask(&[b"CLUSTER", b"INFO"]), Answer::Error(_)), "a shard in quarantine is a node");
     }
-    assert_names_nobody_of_the_source(&scene, "copy", &before);
+    assert_names_nobody_of_the_source(scene, "copy", &before);
     println!("{}", b.keiki_ok(&["accept", "copy"]));
-    assert_serves(&scene, "copy", &held, &wanted);
+    assert_serves(scene, "copy", &held, &wanted);
     assert_eq!(scene.tables(), before, "the source's cluster has changed");
     for (mut clone, wanted) in scene.clients("copy").into_iter().zip(&wanted) {
         assert_eq!(clone.dump().len(), wanted.len());
     }
 
-    // One shard without the others stands alone, as ever.
-    a.keiki_ok(&["clone", "s1", "--to", "b", "--as", "alone", "--at", &at.to_string()]);
-    let mut alone = Client::open(&scene.lab.path("clones-b/alone.run/redis.sock"));
-    assert!(matches!(alone.ask(&[b"CLUSTER", b"INFO"]), Answer::Error(_)), "a shard that was cloned alone is a node");
-    assert_eq!(alone.dump(), wanted[0]);
-    b.keiki_ok(&["discard", "alone", "--yes"]);
-
     b.keiki_ok(&["discard", "copy", "--yes"]);
     for shard in SHARDS {
         assert!(!scene.run_dir("copy", shard).exists(), "'{shard}' left something");
     }
-    a_moved_slot_is_noticed(&scene);
+    (wanted, at)
+}
+
+fn one_shard_alone_is_no_node(scene: &Scene, wanted: &Dump, at: Timestamp) {
+    scene.a.keiki_ok(&["clone", "s1", "--to", "b", "--as", "alone", "--at", &at.to_string()]);
+    let mut alone = Client::open(&scene.lab.path("clones-b/alone.run/redis.sock"));
+    assert!(matches!(alone.ask(&[b"CLUSTER", b"INFO"]), Answer::Error(_)), "a shard that was cloned alone is a node");
+    assert_eq!(alone.dump(), *wanted);
+    scene.b.keiki_ok(&["discard", "alone", "--yes"]);
 }
 
 /// No file of a clone has the id or the address of a node of the source, before any of them has opened a port.

@@ -20,7 +20,7 @@ use crate::engine::redis::ondisk::nodes_conf::{
     self, BUS_PORT_OFFSET, ID_DIGITS, NewNode, Node, Slots, is_id, slot_of_key,
 };
 use crate::engine::redis::session::{Reply, Session};
-use crate::engine::redis::settings::SETTING_FACT_PREFIX;
+use crate::engine::redis::settings::{LOG_FILE, SETTING_FACT_PREFIX};
 use crate::engine::{CleanUpItem, CloneSite, TiedMember, Ties};
 use crate::error::{Context, Error, Kind, Result};
 use crate::model::check::CheckItem;
@@ -306,7 +306,7 @@ pub async fn confirm(site: &CloneSite, cancel: &CancellationToken) -> Result<Vec
         if began.elapsed() > Duration::from_secs(CONFIRM_SECONDS_MAX) {
             let state = value("cluster_state");
             return Err(Error::new(Kind::Server, format!("{}: its cluster is '{state}'", what()))
-                .hint(format!("'{}' says more", site.run_dir.join("redis.log").display())));
+                .hint(format!("'{}' says more", site.run_dir.join(LOG_FILE).display())));
         }
         tokio::select! {
             () = tokio::time::sleep(CONFIRM_POLL) => {}
