@@ -65,7 +65,7 @@ pub fn choose(
         Target::Name(_) => match named_at {
             Some(Position::Wal { lsn, .. }) => ask.at_lsn(lsn, oldest, newest),
             Some(position) => ask.at_position(position, oldest, newest),
-            None if !matches!(newest.to, Position::Wal { .. }) => Err(ask
+            None if !matches!(newest.to, Position::Wal { .. } | Position::Count(_)) => Err(ask
                 .refuse("the log of its engine has no restore points")
                 .hint("choose a time, a position or a backup; 'keiki window' shows what can be reached")),
             None => Err(ask
