@@ -34,8 +34,8 @@ mod value;
 pub const CONFIG_PATH_DEFAULT: &str = "/etc/keiki/keiki.toml";
 /// Where the agent listens for the command line of its own host.
 pub const CONTROL_SOCKET_DEFAULT: &str = "/run/keiki/keiki.sock";
-/// Where Debian's and Red Hat's MariaDB listens.
-const MARIADB_SOCKET_DEFAULT: &str = "/run/mysqld/mysqld.sock";
+/// Where Debian's and Red Hat's MariaDB and Debian's MySQL listen.
+const MYSQL_SOCKET_DEFAULT: &str = "/run/mysqld/mysqld.sock";
 /// A configuration is a page of text; what is longer is some other file.
 const CONFIG_BYTES_MAX: u64 = 1 << 20;
 
@@ -87,13 +87,13 @@ pub struct InstanceConfig {
     pub bin_dir: Option<PathBuf>,
     /// Where a PostgreSQL server has its socket.
     pub socket_dir: PathBuf,
-    /// The socket of a MariaDB or Redis server; without it the agent connects to Redis' port on loopback.
+    /// The socket of a MariaDB, MySQL or Redis server; without it the agent connects to Redis' port on loopback.
     pub socket: Option<PathBuf>,
     pub port: u16,
     /// The role with which the agent logs in, and the database to which it connects. Empty is the server's default user.
     pub user: String,
     pub database: String,
-    /// A file whose first line is the agent's password for a MariaDB or Redis server.
+    /// A file whose first line is the agent's password for a MariaDB, MySQL or Redis server.
     pub password_file: Option<PathBuf>,
     /// The operating system user who runs the server.
     pub run_as: String,
@@ -101,6 +101,8 @@ pub struct InstanceConfig {
     pub ship_every: Duration,
     /// How much log the agent's slot may hold back before it is given up.
     pub slot_limit_bytes: u64,
+    /// Where a MySQL server puts the copy of itself that a backup is made of; beside its data directory if nothing is said.
+    pub backup_dir: Option<PathBuf>,
     /// Nothing means: backups only by hand.
     pub backup: Option<BackupSchedule>,
 }
@@ -124,6 +126,7 @@ pub struct CloneConfig {
     pub run_as: String,
     pub listen_addresses: String,
     pub mariadb: CloneEngineConfig,
+    pub mysql: CloneEngineConfig,
     pub redis: CloneEngineConfig,
     pub valkey: CloneEngineConfig,
 }
@@ -365,11 +368,11 @@ impl Reader<'_> {
         let (account, port) = match engine {
             EngineKind::Redis => ("redis", 6379),
             EngineKind::Valkey => ("valkey", 6379),
-            EngineKind::MariaDb => ("mysql", 3306),
+            EngineKind::MariaDb | EngineKind::MySql => ("mysql", 3306),
             EngineKind::Postgres | EngineKind::Fake => ("postgres", 5432),
         };
         let socket = match (&raw.socket, engine) {
-            (None, EngineKind::MariaDb) => Some(PathBuf::from(MARIADB_SOCKET_DEFAULT)),
+            (None, EngineKind::MariaDb | EngineKind::MySql) => Some(PathBuf::from(MYSQL_SOCKET_DEFAULT)),
             (socket, _) => socket.as_ref().map(|path| self.path(path)).transpose()?,
         };
         let run_as = self.word_or(&raw.run_as, account)?;
@@ -399,6 +402,7 @@ impl Reader<'_> {
                 Err(Error::new(Kind::BadInput, format!("'{text}' is not from '100ms' to '1h'")))
             })?,
             slot_limit_bytes: self.parse_or(&raw.slot_limit, 16 << 30, value::parse_size)?,
+            backup_dir: raw.backup_dir.as_ref().map(|path| self.path(path)).transpose()?,
             backup: raw.backup.as_ref().map(|backup| self.backup(backup)).transpose()?,
         })
     }
@@ -407,9 +411,13 @@ impl Reader<'_> {
     fn only_keys_of(&self, engine: EngineKind, raw: &raw::RawInstance) -> Result<()> {
         let others_only = [("socket", &raw.socket), ("password_file", &raw.password_file)];
         let postgres_only = [("socket_dir", &raw.socket_dir), ("database", &raw.database), ("ship", &raw.ship)];
-        let strangers: &[(&str, &Option<raw::Text>)] = match engine {
-            EngineKind::Redis | EngineKind::Valkey | EngineKind::MariaDb => &postgres_only,
-            EngineKind::Postgres | EngineKind::Fake => &others_only,
+        let mysql_only = [("backup_dir", &raw.backup_dir)];
+        let strangers: Vec<(&str, &Option<raw::Text>)> = match engine {
+            EngineKind::MySql => postgres_only.to_vec(),
+            EngineKind::Redis | EngineKind::Valkey | EngineKind::MariaDb => {
+                postgres_only.into_iter().chain(mysql_only).collect()
+            }
+            EngineKind::Postgres | EngineKind::Fake => others_only.into_iter().chain(mysql_only).collect(),
         };
         let found = strangers.iter().find_map(|(key, value)| value.as_ref().map(|text| (key, text.span())));
         match found {
@@ -455,6 +463,7 @@ impl Reader<'_> {
             run_as: self.word_or(&raw.run_as, "postgres")?,
             listen_addresses: self.word_or(&raw.listen_addresses, "localhost")?,
             mariadb: self.clone_engine(&raw.mariadb, "mysql")?,
+            mysql: self.clone_engine(&raw.mysql, "mysql")?,
             redis: self.clone_engine(&raw.redis, "redis")?,
             valkey: self.clone_engine(&raw.valkey, "valkey")?,
         })

@@ -15,7 +15,8 @@ use crate::agent::{registry, slots};
 use crate::base::child;
 use crate::base::clock::Clock;
 use crate::engine::Engine;
-use crate::engine::mysql::{self, MariaDbEngine, MariaDbSource};
+use crate::engine::mysql::product::Product;
+use crate::engine::mysql::{self, MySqlEngine, MySqlSource};
 use crate::engine::postgres::{self, PostgresEngine, PostgresSource};
 use crate::engine::redis::session::{Address, Endpoint};
 use crate::engine::redis::{RedisEngine, RedisSource};
@@ -217,7 +218,8 @@ fn shell_word(path: &str) -> String {
 fn engine_of(config: &InstanceConfig, archive_command: String) -> Arc<dyn Engine> {
     match config.engine {
         EngineKind::Redis | EngineKind::Valkey => return Arc::new(RedisEngine::new(redis_source(config))),
-        EngineKind::MariaDb => return Arc::new(MariaDbEngine::new(mariadb_source(config))),
+        EngineKind::MariaDb => return Arc::new(MySqlEngine::new(mysql_source(Product::MariaDb, config))),
+        EngineKind::MySql => return Arc::new(MySqlEngine::new(mysql_source(Product::MySql, config))),
         EngineKind::Postgres | EngineKind::Fake => {}
     }
     Arc::new(PostgresEngine::new(PostgresSource {
@@ -235,8 +237,9 @@ fn engine_of(config: &InstanceConfig, archive_command: String) -> Arc<dyn Engine
     }))
 }
 
-fn mariadb_source(config: &InstanceConfig) -> MariaDbSource {
-    MariaDbSource {
+fn mysql_source(product: Product, config: &InstanceConfig) -> MySqlSource {
+    MySqlSource {
+        product,
         name: config.name.clone(),
         data_dir: config.data_dir.clone(),
         // The configuration and the registry always name one.
@@ -245,6 +248,7 @@ fn mariadb_source(config: &InstanceConfig) -> MariaDbSource {
         password_file: config.password_file.clone(),
         run_as: config.run_as.clone(),
         bin_dir: config.bin_dir.clone(),
+        backup_dir: config.backup_dir.clone(),
     }
 }
 

@@ -75,6 +75,7 @@ mod tests {
             ship: ShipMode::ArchiveCommand,
             ship_every: Duration::from_secs(5),
             slot_limit_bytes: 1 << 30,
+            backup_dir: None,
             backup: None,
         };
         registry::add(state_dir, &config, "boot 1").unwrap();

@@ -93,7 +93,7 @@ fn read(path: &Path) -> Result<Registered> {
 pub fn config_of(clone: &NewInstance) -> InstanceConfig {
     let user = match clone.engine {
         EngineKind::Redis | EngineKind::Valkey => redis::AGENT_USER.to_string(),
-        EngineKind::MariaDb => mysql::clone::ACCOUNT.to_string(),
+        EngineKind::MariaDb | EngineKind::MySql => mysql::clone::ACCOUNT.to_string(),
         EngineKind::Postgres | EngineKind::Fake => clone.run_as.clone(),
     };
     let kept = RegisteredInstance {
@@ -117,7 +117,9 @@ fn instance_of(kept: RegisteredInstance, engine: EngineKind) -> InstanceConfig {
         EngineKind::Redis | EngineKind::Valkey => {
             (in_run_dir(redis::SOCKET_FILE), in_run_dir(redis::AGENT_PASSWORD_FILE))
         }
-        EngineKind::MariaDb => (in_run_dir(mysql::clone::SOCKET_FILE), in_run_dir(mysql::clone::PASSWORD_FILE)),
+        EngineKind::MariaDb | EngineKind::MySql => {
+            (in_run_dir(mysql::clone::SOCKET_FILE), in_run_dir(mysql::clone::PASSWORD_FILE))
+        }
         EngineKind::Postgres | EngineKind::Fake => (None, None),
     };
     InstanceConfig {
@@ -135,6 +137,7 @@ fn instance_of(kept: RegisteredInstance, engine: EngineKind) -> InstanceConfig {
         ship: ShipMode::ArchiveCommand,
         ship_every: SHIP_EVERY,
         slot_limit_bytes: SLOT_LIMIT_BYTES,
+        backup_dir: None,
         backup: None,
     }
 }
@@ -189,6 +192,7 @@ mod tests {
             ship: ShipMode::ArchiveCommand,
             ship_every: SHIP_EVERY,
             slot_limit_bytes: SLOT_LIMIT_BYTES,
+            backup_dir: None,
             backup: None,
         };
         add(state.path(), &instance, "boot").unwrap();

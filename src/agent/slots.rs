@@ -157,6 +157,7 @@ mod tests {
             ship,
             ship_every: Duration::from_secs(5),
             slot_limit_bytes: 1 << 30,
+            backup_dir: None,
             backup: None,
         }
     }

@@ -7,7 +7,8 @@ use crate::agent::config::CloneConfig;
 use crate::agent::host::Host;
 use crate::agent::sources::Sources;
 use crate::engine::CloneEngine;
-use crate::engine::mysql::MariaDbCloner;
+use crate::engine::mysql::MySqlCloner;
+use crate::engine::mysql::product::Product;
 use crate::engine::postgres::clone::PostgresCloner;
 use crate::engine::redis::clone::RedisCloner;
 use crate::error::{Error, Kind, Result};
@@ -25,7 +26,8 @@ use crate::model::job::{JobReport, JobState, Order, Task};
 pub fn clone_engine(kind: EngineKind) -> Option<Arc<dyn CloneEngine>> {
     match kind {
         EngineKind::Postgres => Some(Arc::new(PostgresCloner::default())),
-        EngineKind::MariaDb => Some(Arc::new(MariaDbCloner::default())),
+        EngineKind::MariaDb => Some(Arc::new(MySqlCloner { product: Product::MariaDb, default_bin_dir: None })),
+        EngineKind::MySql => Some(Arc::new(MySqlCloner { product: Product::MySql, default_bin_dir: None })),
         EngineKind::Redis | EngineKind::Valkey => Some(Arc::new(RedisCloner::of(kind))),
         EngineKind::Fake => None,
     }
@@ -36,6 +38,7 @@ fn growers(config: &CloneConfig) -> BTreeMap<EngineKind, Grower> {
     let places = [
         (EngineKind::Postgres, &config.run_as, &config.bin_dir),
         (EngineKind::MariaDb, &config.mariadb.run_as, &config.mariadb.bin_dir),
+        (EngineKind::MySql, &config.mysql.run_as, &config.mysql.bin_dir),
         (EngineKind::Redis, &config.redis.run_as, &config.redis.bin_dir),
         (EngineKind::Valkey, &config.valkey.run_as, &config.valkey.bin_dir),
     ];

@@ -34,6 +34,6 @@ pub fn log_geometry(kind: EngineKind, facts: &BTreeMap<String, String>) -> Resul
         EngineKind::Postgres => Ok(Arc::new(WalGeometry::from_facts(facts)?)),
         EngineKind::Redis | EngineKind::Valkey => Ok(Arc::new(AofGeometry)),
         EngineKind::Fake => Ok(Arc::new(FakeGeometry)),
-        EngineKind::MariaDb => Ok(Arc::new(BinlogGeometry)),
+        EngineKind::MariaDb | EngineKind::MySql => Ok(Arc::new(BinlogGeometry)),
     }
 }

@@ -1,10 +1,11 @@
-//! MariaDB 10.6 to 11.
+//! MariaDB 10.6 to 11 and MySQL 8.0.26 to 9: one log, one way to clone, and two products (`product`).
 //!
 //! `ondisk` knows the files and the log, `session` talks to a server. The rest are the parts of the two engine ports:
 //! this file only puts them together.
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use async_trait::async_trait;
 use tokio_util::sync::CancellationToken;
@@ -25,6 +26,7 @@ pub mod log_files;
 pub mod log_read;
 pub mod ondisk;
 pub mod passwords;
+pub mod product;
 pub mod programs;
 pub mod recovery;
 pub mod server;
@@ -32,11 +34,12 @@ pub mod session;
 pub mod settings;
 pub mod source;
 
-pub use clone::MariaDbCloner;
+pub use clone::MySqlCloner;
 
 /// A running server as the configuration describes it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct MariaDbSource {
+pub struct MySqlSource {
+    pub product: product::Product,
     /// The name of the instance.
     pub name: String,
     pub data_dir: PathBuf,
@@ -49,30 +52,43 @@ pub struct MariaDbSource {
     pub run_as: String,
     /// Where `mariadb-backup` is; the usual places if not set.
     pub bin_dir: Option<PathBuf>,
+    /// MySQL: below this directory the server puts the copy that a backup is made of. Beside the data directory if not
+    /// set.
+    pub backup_dir: Option<PathBuf>,
 }
 
-/// A running MariaDB server on this host.
-pub struct MariaDbEngine {
-    source: MariaDbSource,
+/// A running server of MariaDB or MySQL on this host.
+pub struct MySqlEngine {
+    source: MySqlSource,
     /// For small questions; opened when it is needed, and again when it broke.
     connection: tokio::sync::Mutex<Option<source::SourceSession>>,
     /// How far the open log file was walked.
     walked: Arc<std::sync::Mutex<Option<log_read::Walked>>>,
+    /// Held while the server copies itself, or what it has left behind is removed.
+    copying: tokio::sync::Mutex<()>,
+    /// Whether what an earlier agent has left behind was looked for.
+    is_swept: std::sync::atomic::AtomicBool,
 }
 
-impl MariaDbEngine {
+impl MySqlEngine {
     /// Takes the server as configured; nothing is opened before it is needed.
-    pub fn new(source: MariaDbSource) -> MariaDbEngine {
-        MariaDbEngine { source, connection: Default::default(), walked: Arc::default() }
+    pub fn new(source: MySqlSource) -> MySqlEngine {
+        MySqlEngine {
+            source,
+            connection: Default::default(),
+            walked: Arc::default(),
+            copying: Default::default(),
+            is_swept: Default::default(),
+        }
     }
 
-    pub fn source(&self) -> &MariaDbSource {
+    pub fn source(&self) -> &MySqlSource {
         &self.source
     }
 }
 
 #[async_trait]
-impl Engine for MariaDbEngine {
+impl Engine for MySqlEngine {
     async fn identify(&self) -> Result<ServerIdentity> {
         source::identify(self).await
     }
@@ -91,6 +107,12 @@ impl Engine for MariaDbEngine {
     }
 
     async fn list_log(&self, after: Option<&str>) -> Result<LogListing> {
+        if self.source.product == product::Product::MySql && !self.is_swept.swap(true, Ordering::Relaxed) {
+            // It takes space and harms nobody: the next backup tries again.
+            if let Err(error) = backup::clone_plugin::sweep(self).await {
+                tracing::warn!("cannot look for what an earlier backup left behind: {error}");
+            }
+        }
         log_files::list(self, after).await
     }
 

@@ -28,7 +28,7 @@ pub fn plain_log_dir(engine: EngineKind) -> Option<&'static str> {
     match engine {
         EngineKind::Postgres => Some("pg_wal"),
         EngineKind::Fake => Some("log"),
-        EngineKind::MariaDb | EngineKind::Redis | EngineKind::Valkey => None,
+        EngineKind::MariaDb | EngineKind::MySql | EngineKind::Redis | EngineKind::Valkey => None,
     }
 }
 
@@ -41,6 +41,11 @@ pub fn plain_advice(engine: EngineKind) -> &'static str {
         }
         // MariaDB knowledge base, "mariadb-backup Overview", section "Preparing the Backup".
         EngineKind::MariaDb => "run 'mariadb-backup --prepare --target-dir=DIR' before a server is started there",
+        // MySQL manual, "Cloning Data Locally": the server recovers when it is started on the directory.
+        EngineKind::MySql => {
+            "a server of the same series that is started there has what was committed at a moment of the backup, under a new \
+             server_uuid"
+        }
         // What the backup holds of an append-only file is its base: a whole data set by itself.
         EngineKind::Redis | EngineKind::Valkey => {
             "the base is a data file of the moment of the backup: put it in the place of 'dump.rdb' of a server without an \

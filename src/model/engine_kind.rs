@@ -7,6 +7,7 @@ use crate::error::{Error, Kind, Result};
 pub enum EngineKind {
     Postgres,
     MariaDb,
+    MySql,
     Redis,
     Valkey,
     /// The counting pretence of a database that keeps the `Engine` trait honest in tests.
@@ -17,6 +18,7 @@ impl EngineKind {
     const NAMES: &'static [(EngineKind, &'static str)] = &[
         (EngineKind::Postgres, "postgres"),
         (EngineKind::MariaDb, "mariadb"),
+        (EngineKind::MySql, "mysql"),
         (EngineKind::Redis, "redis"),
         (EngineKind::Valkey, "valkey"),
         (EngineKind::Fake, "fake"),
@@ -35,7 +37,7 @@ impl EngineKind {
     pub fn parse(name: &str) -> Result<EngineKind> {
         Self::NAMES.iter().find(|row| row.1 == name).map(|row| row.0).ok_or_else(|| {
             Error::new(Kind::Unsupported, format!("engine '{name}' is not known"))
-                .hint("this version of keiki knows 'postgres', 'mariadb', 'redis' and 'valkey'")
+                .hint("this version of keiki knows 'postgres', 'mariadb', 'mysql', 'redis' and 'valkey'")
         })
     }
 }

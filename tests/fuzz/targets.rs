@@ -5,9 +5,12 @@
 use bytes::Bytes;
 use futures_util::FutureExt;
 use keiki::engine::mysql::ondisk::backup_info::BinlogInfo;
-use keiki::engine::mysql::ondisk::gtid::{Gtid, GtidRange, GtidState};
+use keiki::engine::mysql::ondisk::gtid::{Gtid, GtidState};
+use keiki::engine::mysql::ondisk::gtid_event::{MySqlGtidEvent, previous_gtids};
+use keiki::engine::mysql::ondisk::gtid_set::{GtidSet, SeriesGtid};
+use keiki::engine::mysql::ondisk::transaction::TransactionRange;
 use keiki::engine::mysql::ondisk::walker::{Walker, mask_in_use};
-use keiki::engine::mysql::ondisk::{aria_control, mbstream};
+use keiki::engine::mysql::ondisk::{aria_control, auto_cnf, mbstream};
 use keiki::engine::mysql::session::wire as mysql_wire;
 use keiki::engine::postgres::ondisk::backup_label::BackupLabel;
 use keiki::engine::postgres::ondisk::control::{ControlFile, without_checkpoint};
@@ -52,6 +55,8 @@ pub const TARGETS: &[Target] = &[
     target("mysql_gtid", mysql_gtid),
     target("mysql_backup_info", mysql_backup_info),
     target("mysql_aria_control", mysql_aria_control),
+    target("mysql_gtid_events", mysql_gtid_events),
+    target("mysql_auto_cnf", mysql_auto_cnf),
     target("mysql_wire", mysql_wire_packets),
     // An empty list of four bytes is a value of thirty-two in a list that doubles when it is full.
     Target { bytes_per_byte: 40, ..target("redis_resp", redis_resp) },
@@ -132,10 +137,25 @@ fn mysql_mbstream(bytes: &[u8]) {
 
 fn mysql_gtid(bytes: &[u8]) {
     let text = String::from_utf8_lossy(bytes);
-    let _ = (Gtid::parse(&text), GtidRange::parse(&text));
+    let _ = (Gtid::parse(&text), SeriesGtid::parse(&text), TransactionRange::parse(&text));
     if let Ok(state) = GtidState::parse(&text) {
         assert_eq!(GtidState::parse(&state.to_string()).unwrap(), state);
     }
+    if let Ok(set) = GtidSet::parse(&text) {
+        assert_eq!(GtidSet::parse(&set.to_string()).unwrap(), set);
+    }
+}
+
+fn mysql_gtid_events(bytes: &[u8]) {
+    let _ = (MySqlGtidEvent::parse(bytes, false), MySqlGtidEvent::parse(bytes, true));
+    let _ = MySqlGtidEvent::parse_tagged(bytes);
+    if let Some(set) = previous_gtids(bytes) {
+        assert_eq!(GtidSet::parse(&set.to_string()).unwrap(), set);
+    }
+}
+
+fn mysql_auto_cnf(bytes: &[u8]) {
+    let _ = auto_cnf::uuid(bytes);
 }
 
 fn mysql_backup_info(bytes: &[u8]) {

@@ -49,7 +49,8 @@ macro_rules! hostile {
 }
 
 hostile! {
-    mysql_binlog mysql_mbstream mysql_gtid mysql_backup_info mysql_aria_control mysql_wire
+    mysql_binlog mysql_mbstream mysql_gtid mysql_backup_info mysql_aria_control mysql_gtid_events mysql_auto_cnf
+    mysql_wire
     redis_resp redis_aof redis_manifest redis_rdb
     postgres_wal postgres_control postgres_backup_label postgres_history postgres_tablespace_map postgres_page
     postgres_names

@@ -34,5 +34,6 @@ mod store_contract;
 mod story_redis;
 mod story_valkey;
 mod story_mariadb;
+mod story_mysql;
 mod story_passwords;
 mod story_postgres;

@@ -4,6 +4,7 @@ pub mod hosts;
 pub mod ledger;
 pub mod mariadb;
 pub mod matrix;
+pub mod mysql;
 pub mod postgres;
 pub mod redis;
 pub mod redis_stage;

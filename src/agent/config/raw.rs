@@ -109,6 +109,7 @@ pub struct RawInstance {
     pub ship: Option<Text>,
     pub ship_every: Option<Text>,
     pub slot_limit: Option<Text>,
+    pub backup_dir: Option<Text>,
     pub backup: Option<RawBackup>,
 }
 
@@ -146,6 +147,8 @@ pub struct RawClone {
     pub listen_addresses: Option<Text>,
     #[serde(default)]
     pub mariadb: RawCloneEngine,
+    #[serde(default)]
+    pub mysql: RawCloneEngine,
     #[serde(default)]
     pub redis: RawCloneEngine,
     #[serde(default)]

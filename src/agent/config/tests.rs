@@ -523,6 +523,20 @@ fn a_mariadb_server_has_its_own_defaults_and_its_own_keys() {
 }
 
 #[test]
+fn a_mysql_server_has_a_directory_for_backups_and_others_have_none() {
+    let mysql =
+        "[[instance]]\nname = \"shop\"\nengine = \"mysql\"\ndata_dir = \"/var/lib/mysql\"\nbackup_dir = \"/srv/b\"\n";
+    let config = parse(&format!("{SMALL}{mysql}")).unwrap();
+    let instance = &config.instances[0];
+    assert_eq!((instance.port, instance.user.as_str()), (3306, "mysql"));
+    assert_eq!(instance.backup_dir.as_deref(), Some(Path::new("/srv/b")));
+    for other in ["mariadb", "redis", "postgres"] {
+        let error = parse(&format!("{SMALL}{}", mysql.replace("\"mysql\"", &format!("\"{other}\"")))).unwrap_err();
+        assert!(error.message().contains("'backup_dir' means nothing for engine"), "{error}");
+    }
+}
+
+#[test]
 fn prices_are_read_to_the_billionth_and_what_is_no_price_is_refused() {
     let with = |prices: &str| format!("{SMALL}[repository.prices]\ncurrency = \"USD\"\n{prices}");
     let prices = |text: &str| parse(&with(text)).unwrap().repository.prices.unwrap();
@@ -560,6 +574,7 @@ fn the_sample_file_shows_exactly_the_keys_that_exist() {
         ("group", "[[group]]\n?"),
         ("clone", "[clone]\n?"),
         ("clone.mariadb", "[clone.mariadb]\n?"),
+        ("clone.mysql", "[clone.mysql]\n?"),
         ("clone.redis", "[clone.redis]\n?"),
         ("clone.valkey", "[clone.valkey]\n?"),
         ("allow", "[[allow]]\n?"),

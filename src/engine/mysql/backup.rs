@@ -1,4 +1,5 @@
-//! The online base backup: `mariadb-backup --stream=mbstream`, taken apart here as it comes.
+//! The online base backup: MySQL copies itself (`clone_plugin`); for MariaDB it is `mariadb-backup --stream=mbstream`,
+//! taken apart here as it comes.
 //!
 //! The program copies the data files while the server writes, follows the redo log, blocks commits for the moment in
 //! which it notes the place in the binary log, and streams everything: nothing lies on the source's disk. Several files
@@ -22,14 +23,17 @@ use crate::engine::mysql::geometry::server_log_number;
 use crate::engine::mysql::log_files::LogPlace;
 use crate::engine::mysql::ondisk::backup_info::{BINLOG_INFO, BinlogInfo};
 use crate::engine::mysql::ondisk::mbstream::Decoder;
+use crate::engine::mysql::product::Product;
 use crate::engine::mysql::programs::{self, Program, Version};
+use crate::engine::mysql::session::Session;
 use crate::engine::mysql::settings::{self, SETTING_FACT_PREFIX};
 use crate::engine::mysql::source::{SourceSession, server_time};
-use crate::engine::mysql::{MariaDbEngine, MariaDbSource};
+use crate::engine::mysql::{MySqlEngine, MySqlSource};
 use crate::engine::{BaseSink, BaseSpan};
 use crate::error::{Context, Error, Kind, Result};
 use crate::model::position::Position;
 
+pub(super) mod clone_plugin;
 mod demux;
 mod option_files;
 
@@ -61,27 +65,36 @@ pub mod fact {
     /// How long commits were blocked, in seconds, as the program says.
     pub const LOCK_SECONDS: &str = "lock_seconds";
     pub const TOOL_VERSION: &str = "tool_version";
+    /// MySQL: `ON` if every transaction has a name, and how strict the server is about it.
+    pub const GTID_MODE: &str = "gtid_mode";
+    pub const GTID_CONSISTENCY: &str = "enforce_gtid_consistency";
+    /// MySQL: tables that a backup has without their rows, separated by commas.
+    pub const EMPTY_TABLES: &str = "empty_tables";
 }
 
 /// Takes the backup: see [`crate::engine::Engine::back_up`].
 pub(super) async fn back_up(
-    engine: &MariaDbEngine,
+    engine: &MySqlEngine,
     _label: &str,
     sink: Arc<dyn BaseSink>,
     cancel: CancellationToken,
 ) -> Result<BaseSpan> {
     let what = || format!("cannot back up instance '{}'", engine.source.name);
-    run(engine, sink, &cancel).await.context(what)
+    match engine.source.product {
+        Product::MariaDb => run(engine, sink, &cancel).await,
+        Product::MySql => clone_plugin::run(engine, sink, &cancel).await,
+    }
+    .context(what)
 }
 
 /// The backup program that goes together with a server, or why there is none.
-pub(super) async fn find_tool(source: &MariaDbSource, server: &str) -> Result<Program> {
+pub(super) async fn find_tool(source: &MySqlSource, server: &str) -> Result<Program> {
     let needed = Version::find(server)
         .ok_or_else(|| Error::new(Kind::Unsupported, format!("'{server}' is not a version of MariaDB")))?;
-    programs::find(&programs::BACKUP, source.bin_dir.as_deref(), needed).await
+    programs::find(Product::MariaDb, &programs::BACKUP, source.bin_dir.as_deref(), needed).await
 }
 
-async fn run(engine: &MariaDbEngine, sink: Arc<dyn BaseSink>, cancel: &CancellationToken) -> Result<BaseSpan> {
+async fn run(engine: &MySqlEngine, sink: Arc<dyn BaseSink>, cancel: &CancellationToken) -> Result<BaseSpan> {
     let source = engine.open_session().await?;
     let tool = find_tool(&engine.source, &source.version).await?;
     let place = LogPlace::ask(&source.session).await?;
@@ -131,7 +144,7 @@ impl Copied {
 
 /// Runs the program and gives what it streams to the sink.
 async fn copy(
-    engine: &MariaDbEngine,
+    engine: &MySqlEngine,
     tool: &Program,
     sink: Arc<dyn BaseSink>,
     cancel: &CancellationToken,
@@ -247,17 +260,26 @@ fn data_bytes(data_dir: &Path, log_base: &Path) -> u64 {
     sum
 }
 
-async fn collect_facts(engine: &MariaDbEngine, source: &SourceSession) -> Result<BTreeMap<String, String>> {
-    let mut facts = BTreeMap::new();
-    for (name, value) in settings::ask(&source.session).await? {
-        facts.insert(format!("{SETTING_FACT_PREFIX}{name}"), value);
-    }
+async fn collect_facts(engine: &MySqlEngine, source: &SourceSession) -> Result<BTreeMap<String, String>> {
+    let mut facts = setting_facts(&source.session).await?;
     let ids = source.session.query("SELECT @@GLOBAL.server_id AS server, @@GLOBAL.gtid_domain_id AS domain").await?;
     for (key, column) in [(fact::SERVER_ID, "server"), (fact::GTID_DOMAIN, "domain")] {
         facts.extend(ids.first(column).map(|value| (key.to_string(), value.to_string())));
     }
-    let plugins = source
-        .session
+    facts.insert(fact::PLUGINS.to_string(), plugin_facts(&source.session).await?);
+    let identity = super::source::identify(engine).await?;
+    facts.insert(fact::SYSTEM_ID.to_string(), identity.system_id);
+    Ok(facts)
+}
+
+async fn setting_facts(session: &Session) -> Result<BTreeMap<String, String>> {
+    let settings = settings::ask(session).await?;
+    Ok(settings.into_iter().map(|(name, value)| (format!("{SETTING_FACT_PREFIX}{name}"), value)).collect())
+}
+
+/// See [`fact::PLUGINS`].
+async fn plugin_facts(session: &Session) -> Result<String> {
+    let plugins = session
         .query(
             "SELECT PLUGIN_NAME, PLUGIN_LIBRARY FROM information_schema.PLUGINS WHERE PLUGIN_STATUS = 'ACTIVE' AND \
              PLUGIN_LIBRARY IS NOT NULL ORDER BY 1",
@@ -265,8 +287,5 @@ async fn collect_facts(engine: &MariaDbEngine, source: &SourceSession) -> Result
         .await?;
     let plugins: Vec<String> =
         plugins.rows.iter().map(|row| row.iter().flatten().cloned().collect::<Vec<_>>().join(" ")).collect();
-    facts.insert(fact::PLUGINS.to_string(), plugins.join(","));
-    let identity = super::source::identify(engine).await?;
-    facts.insert(fact::SYSTEM_ID.to_string(), identity.system_id);
-    Ok(facts)
+    Ok(plugins.join(","))
 }

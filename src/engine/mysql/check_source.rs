@@ -1,11 +1,14 @@
 //! What is wrong or risky with a server as a source.
 
-use crate::engine::mysql::MariaDbEngine;
+use crate::engine::mysql::MySqlEngine;
 use crate::engine::mysql::backup::find_tool;
+use crate::engine::mysql::product::Product;
 use crate::engine::mysql::session::Session;
 use crate::engine::mysql::source::SourceSession;
 use crate::error::Result;
 use crate::model::check::CheckItem;
+
+pub(super) mod mysql_items;
 
 /// Log must outlive an agent that is down for a night.
 const KEEP_LOG_SECONDS_MIN: u64 = 24 * 3600;
@@ -14,15 +17,26 @@ const KEEP_LOG_SECONDS_MIN: u64 = 24 * 3600;
 const OWN_SCHEMAS: &str = "('mysql', 'information_schema', 'performance_schema', 'sys')";
 
 /// See [`crate::engine::Engine::check_source`].
-pub(super) async fn check_source(engine: &MariaDbEngine) -> Result<Vec<CheckItem>> {
+pub(super) async fn check_source(engine: &MySqlEngine) -> Result<Vec<CheckItem>> {
     let source = engine.open_session().await?;
-    let mut items = vec![CheckItem::pass("server", format!("MariaDB {}", source.version))];
+    let product = engine.source.product;
+    let mut items = vec![CheckItem::pass("server", format!("{} {}", product.name(), source.version))];
     items.extend(log_items(&source.session).await?);
-    items.extend(table_items(&source.session).await?);
-    items.push(tool_item(engine, &source).await);
+    match product {
+        Product::MariaDb => {
+            items.extend(mariadb_log_items(&source.session).await?);
+            items.extend(table_items(&source.session).await?);
+            items.push(tool_item(engine, &source).await);
+        }
+        Product::MySql => {
+            items.extend(mysql_items::log_items(&source.session).await?);
+            items.extend(mysql_items::backup_items(engine, &source.session).await?);
+        }
+    }
     Ok(items)
 }
 
+/// What both products have.
 async fn log_items(session: &Session) -> Result<Vec<CheckItem>> {
     let mut items = Vec::new();
     let mut setting = Settings { session };
@@ -55,6 +69,12 @@ async fn log_items(session: &Session) -> Result<Vec<CheckItem>> {
             "SET GLOBAL sync_binlog = 1; and in the configuration",
         ),
     });
+    Ok(items)
+}
+
+async fn mariadb_log_items(session: &Session) -> Result<Vec<CheckItem>> {
+    let mut items = Vec::new();
+    let mut setting = Settings { session };
     items.push(match setting.get("encrypt_binlog").await?.as_str() {
         "0" => CheckItem::pass("encrypt_binlog", "off"),
         _ => CheckItem::fail(
@@ -134,7 +154,7 @@ async fn table_items(session: &Session) -> Result<Vec<CheckItem>> {
     }])
 }
 
-async fn tool_item(engine: &MariaDbEngine, source: &SourceSession) -> CheckItem {
+async fn tool_item(engine: &MySqlEngine, source: &SourceSession) -> CheckItem {
     match find_tool(&engine.source, &source.version).await {
         Ok(tool) if tool.version.to_string() == source.version => {
             CheckItem::pass("mariadb-backup", format!("{} at '{}'", tool.version, tool.path.display()))

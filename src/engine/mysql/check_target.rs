@@ -6,8 +6,10 @@ use crate::base::bulk::run_blocking;
 use crate::base::users::User;
 use crate::engine::CloneSite;
 use crate::engine::mysql::backup::fact;
+use crate::engine::mysql::check_source::mysql_items::empty_tables_item;
 use crate::engine::mysql::clone::version_of;
-use crate::engine::mysql::programs::{self, BACKUP, SERVER};
+use crate::engine::mysql::product::Product;
+use crate::engine::mysql::programs::{self, BACKUP};
 use crate::engine::mysql::settings::{LAYOUT, SETTING_FACT_PREFIX};
 use crate::error::Result;
 use crate::model::check::CheckItem;
@@ -23,24 +25,43 @@ const PLUGIN_DIRS: [&str; 5] = [
 ];
 
 /// See [`crate::engine::CloneEngine::check_target`].
-pub async fn check_target(site: &CloneSite, target: &Target, default_bin_dir: Option<&Path>) -> Result<Vec<CheckItem>> {
-    let mut items: Vec<CheckItem> = second_item(target).into_iter().collect();
+pub async fn check_target(
+    product: Product,
+    site: &CloneSite,
+    target: &Target,
+    default_bin_dir: Option<&Path>,
+) -> Result<Vec<CheckItem>> {
+    let mut items: Vec<CheckItem> = match product {
+        Product::MariaDb => second_item(target).into_iter().collect(),
+        Product::MySql => mysql_items(site, target),
+    };
     items.extend(layout_items(site));
     items.extend(statement_item(site, target));
     let version = version_of(site)?;
     let bin_dir = site.bin_dir.as_deref().or(default_bin_dir);
-    for (what, names) in [("server program", SERVER), ("backup program", BACKUP)] {
-        let found = programs::find(&names, bin_dir, version).await;
+    let server: (&str, &[&str]) = ("server program", product.server_programs());
+    let wanted: &[(&str, &[&str])] = match product {
+        Product::MariaDb => &[server, ("backup program", &BACKUP)],
+        Product::MySql => &[server],
+    };
+    for (what, names) in wanted.iter().copied() {
+        let found = programs::find(product, names, bin_dir, version).await;
         items.push(match &found {
             Ok(program) if program.version >= version => {
                 CheckItem::pass(what, format!("{} at '{}'", program.version, program.path.display()))
             }
+            // MySQL manual, "Downgrading MySQL"; its server refuses newer files within the series of 8.0.
+            Ok(program) if product == Product::MySql => CheckItem::fail(
+                what,
+                format!("{} at '{}', and the source has {version}", program.version, program.path.display()),
+                format!("install MySQL {version} or a later one of the same series on this host"),
+            ),
             Ok(program) => CheckItem::warn(
                 what,
                 format!("{} at '{}', and the source has {version}", program.version, program.path.display()),
                 "an older version of the same series usually works; install the source's to be sure",
             ),
-            Err(error) => CheckItem::fail(what, error.message(), error.hint_text().unwrap_or("install MariaDB")),
+            Err(error) => CheckItem::fail(what, error.message(), error.hint_text().unwrap_or("install the server")),
         });
         if let (Ok(program), "server program") = (&found, what) {
             items.extend(plugins_item(site, program.path.parent().unwrap_or(Path::new("/"))));
@@ -53,6 +74,29 @@ pub async fn check_target(site: &CloneSite, target: &Target, default_bin_dir: Op
         Err(error) => CheckItem::fail("user", error.message(), "set 'run_as' of this host's clones to an account"),
     });
     Ok(items)
+}
+
+/// What a backup of MySQL lacks: tables that came without rows, and names of transactions.
+fn mysql_items(site: &CloneSite, target: &Target) -> Vec<CheckItem> {
+    let tables = site.facts.get(fact::EMPTY_TABLES).map_or("", String::as_str);
+    let tables: Vec<String> = tables.split(',').filter(|name| !name.is_empty()).map(str::to_string).collect();
+    let mut items = vec![empty_tables_item(&tables)];
+    let mode = site.facts.get(fact::GTID_MODE).map_or("ON", String::as_str);
+    if mode != "ON" {
+        items.push(match target {
+            Target::Transaction { .. } => CheckItem::fail(
+                "gtid_mode",
+                format!("{mode} on the source: not every transaction has a GTID"),
+                "choose a time, or a log file and offset",
+            ),
+            _ => CheckItem::warn(
+                "gtid_mode",
+                format!("{mode} on the source: what was replayed is proved by its place in the log only"),
+                "turn GTIDs on at the source, then take a new backup",
+            ),
+        });
+    }
+    items
 }
 
 /// The log has whole seconds: of what was committed within one, nothing says what came before a part of it.

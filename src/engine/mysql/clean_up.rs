@@ -1,10 +1,13 @@
 //! Removes what a copy of a server must not keep, and says what was found.
 
 use crate::engine::mysql::backup::fact;
-use crate::engine::mysql::clone::{ACCOUNT, OPTION_FILE, PASSWORD_FILE};
+use crate::engine::mysql::clone::OPTION_FILE;
+use crate::engine::mysql::product::Product;
 use crate::engine::mysql::session::Session;
 use crate::engine::{CleanUpItem, CloneSite};
 use crate::error::Result;
+
+mod mysql_items;
 
 /// Settings of the source that point at its host or its replication, for the report.
 const SHOWN: [&str; 9] = [
@@ -19,8 +22,19 @@ const SHOWN: [&str; 9] = [
     "wsrep_cluster_address",
 ];
 
+/// What is said about the account, `{}` being the run directory.
+const ACCOUNT_LEFT: &str = "'keiki_agent'@'localhost' with a new password in '{}/password'; all other accounts and \
+                            passwords are the source's";
+
 /// Cleans up, with the server in quarantine. Repeating it is harmless.
-pub async fn clean_up(session: &Session, site: &CloneSite) -> Result<Vec<CleanUpItem>> {
+pub async fn clean_up(product: Product, session: &Session, site: &CloneSite) -> Result<Vec<CleanUpItem>> {
+    match product {
+        Product::MariaDb => clean_up_mariadb(session, site).await,
+        Product::MySql => mysql_items::clean_up(session, site).await,
+    }
+}
+
+async fn clean_up_mariadb(session: &Session, site: &CloneSite) -> Result<Vec<CleanUpItem>> {
     let mut items = Vec::new();
     let mut done = |what: &str, done: String| items.push(CleanUpItem { what: what.to_string(), done });
     let slaves = session.query("SHOW ALL SLAVES STATUS").await?.rows.len();
@@ -62,13 +76,7 @@ pub async fn clean_up(session: &Session, site: &CloneSite) -> Result<Vec<CleanUp
     );
     done("server id", format!("a new one in '{}'", site.data_dir.join(OPTION_FILE).display()));
     done("GTID", "the binary log of the new life begins where the clone left its source".to_string());
-    done(
-        "account of the agent",
-        format!(
-            "'{ACCOUNT}'@'localhost' with a new password in '{}'; all other accounts and passwords are the source's",
-            site.run_dir.join(PASSWORD_FILE).display()
-        ),
-    );
+    done("account of the agent", ACCOUNT_LEFT.replace("{}", &site.run_dir.display().to_string()));
     for name in SHOWN {
         if let Some(value) = site.facts.get(&format!("setting.{name}")).filter(|value| !value.is_empty()) {
             done(&format!("setting '{name}'"), format!("not taken over; it was '{value}'"));
@@ -94,9 +102,12 @@ fn shortened(names: &[String]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::engine::mysql::clone::{ACCOUNT, PASSWORD_FILE};
 
     #[test]
     fn long_lists_are_shortened_with_their_length() {
+        let account = format!("'{}'@'localhost' with a new password in '{{}}/{}'", ACCOUNT, PASSWORD_FILE);
+        assert!(ACCOUNT_LEFT.starts_with(&account), "{account}");
         let names: Vec<String> = (0..7).map(|number| format!("e{number}")).collect();
         assert_eq!(shortened(&names), "e0, e1, e2, e3, e4 and 2 more");
         assert_eq!(shortened(&names[..2]), "e0, e1");

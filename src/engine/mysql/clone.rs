@@ -1,4 +1,4 @@
-//! MariaDB as a grower of clones: the port, put together from its parts, and the way out of quarantine.
+//! MariaDB or MySQL as a grower of clones: the port, put together from its parts, and the way out of quarantine.
 //!
 //! A backup is restored into `keiki_staged` below the data directory, where no server can be started; `recovery` makes
 //! it consistent there and moves it up, system tables last. In quarantine the server has no network, no binary log, no
@@ -20,13 +20,12 @@ use crate::base::ownership::{give_to, write_owned};
 use crate::base::random::random_u64;
 use crate::base::users::User;
 use crate::engine::mysql::geometry::{BinlogGeometry, log_name};
-use crate::engine::mysql::ondisk::aria_control;
 use crate::engine::mysql::ondisk::backup_info::CHECKPOINTS;
-use crate::engine::mysql::ondisk::gtid::Gtid;
-use crate::engine::mysql::programs::{self, SERVER, Version};
+use crate::engine::mysql::product::Product;
+use crate::engine::mysql::programs::{self, Version};
 use crate::engine::mysql::server::{Server, pause, running_in, stop_now};
 use crate::engine::mysql::session::{Endpoint, Session, quoted};
-use crate::engine::mysql::source::read_password;
+use crate::engine::mysql::source::{directory_uuid, read_password};
 use crate::engine::mysql::{check_target, clean_up, passwords, recovery};
 use crate::engine::{
     AcceptedClone, CleanUpItem, CloneEngine, CloneSite, LogGeometry, LogSource, Progress, Recovered, ServerIdentity,
@@ -34,7 +33,6 @@ use crate::engine::{
 use crate::error::{Context, Error, Kind, Result};
 use crate::model::backup::FileMeta;
 use crate::model::check::CheckItem;
-use crate::model::engine_kind::EngineKind;
 use crate::model::password::Passwords;
 use crate::model::position::Position;
 use crate::model::target::Target;
@@ -50,22 +48,23 @@ pub const ACCOUNT: &str = "keiki_agent";
 /// In the run directory of a clone: the account's password, and the server's socket and log.
 pub const PASSWORD_FILE: &str = "password";
 pub const SOCKET_FILE: &str = "mysqld.sock";
-const LOG_FILE: &str = "mariadb.log";
 const INIT_FILE: &str = "init.sql";
 /// The server listens before it has run the file that makes the account.
 const ACCOUNT_PATIENCE: Duration = Duration::from_secs(60);
 /// How long a server that was launched is watched.
 const LAUNCH_WATCHED: Duration = Duration::from_secs(2);
 
-/// Grows clones of MariaDB servers on this host.
-#[derive(Debug, Clone, Default)]
-pub struct MariaDbCloner {
+/// Grows clones of the servers of a product on this host.
+#[derive(Debug, Clone)]
+pub struct MySqlCloner {
+    pub product: Product,
     /// Where the programs are unless the clone says so itself; the usual places if not set.
     pub default_bin_dir: Option<PathBuf>,
 }
 
 /// A site with everything that was looked up for it.
 pub struct Grounds {
+    pub product: Product,
     pub server: Server,
     pub bin_dir: Option<PathBuf>,
     pub version: Version,
@@ -74,10 +73,10 @@ pub struct Grounds {
 
 impl Grounds {
     /// Looks up user and programs, and makes the password of the agent's account if there is none yet.
-    pub async fn of(site: &CloneSite, default_bin_dir: Option<&Path>) -> Result<Grounds> {
+    pub async fn of(product: Product, site: &CloneSite, default_bin_dir: Option<&Path>) -> Result<Grounds> {
         let version = version_of(site)?;
         let bin_dir = site.bin_dir.clone().or_else(|| default_bin_dir.map(Path::to_path_buf));
-        let program = programs::find(&SERVER, bin_dir.as_deref(), version).await?;
+        let program = programs::find(product, product.server_programs(), bin_dir.as_deref(), version).await?;
         let (name, run_dir) = (site.run_as.clone(), site.run_dir.clone());
         let (user, password) = run_blocking("user", move || {
             let user = User::by_name(&name)?;
@@ -93,9 +92,14 @@ impl Grounds {
             password: Some(password),
             run_as: user.name.clone(),
         };
-        let server =
-            Server { program, data_dir: site.data_dir.clone(), user, socket, log_file: site.run_dir.join(LOG_FILE) };
-        Ok(Grounds { server, bin_dir, version, endpoint })
+        let server = Server {
+            program,
+            data_dir: site.data_dir.clone(),
+            user,
+            socket,
+            log_file: site.run_dir.join(log_file(product)),
+        };
+        Ok(Grounds { product, server, bin_dir, version, endpoint })
     }
 
     /// Writes the statements that the server runs as it starts: they make the agent's account, whatever accounts the
@@ -103,10 +107,15 @@ impl Grounds {
     pub fn write_init_file(&self, run_dir: &Path) -> Result<PathBuf> {
         let path = run_dir.join(INIT_FILE);
         let password = quoted(self.endpoint.password.as_deref().unwrap_or_default());
-        let sql = format!(
-            "SET sql_mode = '';\nCREATE OR REPLACE USER '{ACCOUNT}'@'localhost' IDENTIFIED BY {password};\n\
-             GRANT ALL PRIVILEGES ON *.* TO '{ACCOUNT}'@'localhost' WITH GRANT OPTION;\n"
-        );
+        let account = format!("'{ACCOUNT}'@'localhost'");
+        let made = match self.product {
+            Product::MariaDb => format!("CREATE OR REPLACE USER {account} IDENTIFIED BY {password};\n"),
+            Product::MySql => format!(
+                "CREATE USER IF NOT EXISTS {account} IDENTIFIED BY {password};\nALTER USER {account} IDENTIFIED BY \
+                 {password} ACCOUNT UNLOCK PASSWORD EXPIRE NEVER;\n"
+            ),
+        };
+        let sql = format!("SET sql_mode = '';\n{made}GRANT ALL PRIVILEGES ON *.* TO {account} WITH GRANT OPTION;\n");
         write_owned(&self.server.user, &path, sql.as_bytes())?;
         Ok(path)
     }
@@ -139,10 +148,15 @@ impl Grounds {
     }
 }
 
+/// In the run directory: where the server's messages go.
+fn log_file(product: Product) -> String {
+    format!("{}.log", product.kind().name())
+}
+
 /// The version of the source.
 pub fn version_of(site: &CloneSite) -> Result<Version> {
     Version::find(&site.engine_version)
-        .ok_or_else(|| Error::new(Kind::Damaged, format!("'{}' is not a version of MariaDB", site.engine_version)))
+        .ok_or_else(|| Error::new(Kind::Damaged, format!("'{}' is not a version", site.engine_version)))
 }
 
 /// The password of the agent's account, made if there is none. Blocking.
@@ -156,9 +170,9 @@ fn password_in(user: &User, run_dir: &Path) -> Result<String> {
     read_password(&path)
 }
 
-impl MariaDbCloner {
+impl MySqlCloner {
     async fn grounds(&self, site: &CloneSite) -> Result<Grounds> {
-        Grounds::of(site, self.default_bin_dir.as_deref()).await
+        Grounds::of(self.product, site, self.default_bin_dir.as_deref()).await
     }
 
     /// A session with the recovered server in quarantine, which is started again if it died.
@@ -178,9 +192,9 @@ impl MariaDbCloner {
 }
 
 #[async_trait]
-impl CloneEngine for MariaDbCloner {
+impl CloneEngine for MySqlCloner {
     async fn check_target(&self, site: &CloneSite, target: &Target) -> Result<Vec<CheckItem>> {
-        check_target::check_target(site, target, self.default_bin_dir.as_deref()).await
+        check_target::check_target(self.product, site, target, self.default_bin_dir.as_deref()).await
     }
 
     fn place(&self, _site: &CloneSite, meta: &FileMeta) -> Result<Option<FileMeta>> {
@@ -188,7 +202,10 @@ impl CloneEngine for MariaDbCloner {
     }
 
     fn is_marker(&self, path: &str) -> bool {
-        CHECKPOINTS.contains(&path)
+        match self.product {
+            Product::MariaDb => CHECKPOINTS.contains(&path),
+            Product::MySql => path == self.product.last_entry(),
+        }
     }
 
     async fn prepare(&self, site: &CloneSite) -> Result<()> {
@@ -217,7 +234,7 @@ impl CloneEngine for MariaDbCloner {
         held: &[String],
         logs: &dyn LogSource,
     ) -> Result<Option<(Position, Position)>> {
-        recovery::find_transaction(Gtid::parse(id)?, file, held, logs).await
+        recovery::find_transaction(self.product.parse_id(id)?, file, held, logs).await
     }
 
     async fn recover(
@@ -236,7 +253,7 @@ impl CloneEngine for MariaDbCloner {
         let what = || format!("cannot clean up clone '{}'", site.clone_name);
         let grounds = self.grounds(site).await?;
         let session = self.quarantined(&grounds, site).await.context(what)?;
-        clean_up::clean_up(&session, site).await.context(what)
+        clean_up::clean_up(self.product, &session, site).await.context(what)
     }
 
     async fn change_passwords(&self, site: &CloneSite, new: &Passwords) -> Result<Vec<CleanUpItem>> {
@@ -257,7 +274,7 @@ impl CloneEngine for MariaDbCloner {
             make_durable(site).await.context(what)?;
             recovery::mark_durable(&site.run_dir)?;
         }
-        identity_of(site).await.context(what)
+        identity_of(self.product, site).await.context(what)
     }
 
     async fn launch(&self, clone: &AcceptedClone) -> Result<()> {
@@ -276,11 +293,11 @@ impl CloneEngine for MariaDbCloner {
         .await?;
         let wanted = clone.bin_dir.as_deref().or(self.default_bin_dir.as_deref());
         let server = Server {
-            program: programs::find(&SERVER, wanted, version).await?,
+            program: programs::find(self.product, self.product.server_programs(), wanted, version).await?,
             data_dir: clone.data_dir.clone(),
             user,
             socket: clone.run_dir.join(SOCKET_FILE),
-            log_file: clone.run_dir.join(LOG_FILE),
+            log_file: clone.run_dir.join(log_file(self.product)),
         };
         let process = server.start(&[format!("--defaults-file={}", options.display())])?;
         // A server that cannot use its directory ends at once; one that must recover first listens later.
@@ -301,21 +318,28 @@ impl CloneEngine for MariaDbCloner {
     }
 }
 
-impl MariaDbCloner {
-    /// Ends the quarantine. The new life's binary log is begun by a server that is still closed, so that its first event
-    /// says where the life begins; only then is it started as what it is from now on.
+impl MySqlCloner {
+    /// Ends the quarantine. The new life's binary log is begun by a server of MariaDB that is still closed, so that its first
+    /// event says where the life begins; only then is it started as what it is from now on. MySQL knows that by itself.
     async fn open(&self, grounds: &Grounds, site: &CloneSite, cancel: &CancellationToken) -> Result<()> {
         if !recovery::is_handed_over(&site.run_dir)? {
             let session = self.quarantined(grounds, site).await?;
-            let state = session.value("SELECT @@GLOBAL.gtid_slave_pos").await?.unwrap_or_default();
+            let state = session.value(self.product.applier().state).await?.unwrap_or_default();
             drop(session);
             grounds.server.stop_cleanly(cancel).await?;
             recovery::remove_relay_logs(&site.data_dir)?;
             let options = option_file::render_instance(site, &grounds.server);
             write_owned(&grounds.server.user, &site.data_dir.join(OPTION_FILE), options.as_bytes())?;
-            begin_new_log(grounds, site, &state, cancel).await?;
+            if self.product == Product::MariaDb {
+                begin_new_log(grounds, site, &state, cancel).await?;
+            }
             make_durable(site).await?;
             recovery::mark_handed_over(&site.run_dir)?;
+            if self.product == Product::MySql {
+                let options = site.data_dir.join(OPTION_FILE);
+                let process = grounds.server.start(&[format!("--defaults-file={}", options.display())])?;
+                require_log_state(&grounds.wait_until_ready(process, cancel).await?, &state).await?;
+            }
         }
         if running_in(&site.data_dir).is_none() {
             let options = site.data_dir.join(OPTION_FILE);
@@ -326,7 +350,7 @@ impl MariaDbCloner {
     }
 }
 
-/// Starts the server with its own options but without a network, gives its empty binary log the state that replay
+/// MariaDB: starts the server with its own options but without a network, gives its empty binary log the state that replay
 /// ended with, and stops it. May be repeated.
 async fn begin_new_log(grounds: &Grounds, site: &CloneSite, state: &str, cancel: &CancellationToken) -> Result<()> {
     let options = site.data_dir.join(OPTION_FILE);
@@ -334,7 +358,6 @@ async fn begin_new_log(grounds: &Grounds, site: &CloneSite, state: &str, cancel:
         format!("--defaults-file={}", options.display()),
         "--skip-networking".to_string(),
         "--event-scheduler=OFF".to_string(),
-        "--skip-slave-start".to_string(),
     ];
     let process = grounds.server.start(&arguments)?;
     let session = grounds.wait_until_ready(process, cancel).await?;
@@ -348,6 +371,20 @@ async fn begin_new_log(grounds: &Grounds, site: &CloneSite, state: &str, cancel:
     grounds.server.stop_cleanly(cancel).await
 }
 
+/// MySQL keeps what was replayed in a table of its own (`mysql.gtid_executed`), and counts it as purged from a log that
+/// has just begun.
+async fn require_log_state(session: &Session, state: &str) -> Result<()> {
+    let wanted = Product::MySql.parse_state(state)?;
+    for variable in ["gtid_executed", "gtid_purged"] {
+        let found = session.value(&format!("SELECT @@GLOBAL.{variable}")).await?.unwrap_or_default();
+        if Product::MySql.parse_state(&found)? != wanted {
+            let reason = format!("the new life begins with {variable} '{found}', and replay ended with '{state}'");
+            return Err(Error::new(Kind::Damaged, reason).hint("discard the clone and order it again"));
+        }
+    }
+    Ok(())
+}
+
 async fn make_durable(site: &CloneSite) -> Result<()> {
     let (data_dir, run_dir) = (site.data_dir.clone(), site.run_dir.clone());
     run_blocking("hand over", move || {
@@ -359,18 +396,17 @@ async fn make_durable(site: &CloneSite) -> Result<()> {
     .await
 }
 
-async fn identity_of(site: &CloneSite) -> Result<ServerIdentity> {
+async fn identity_of(product: Product, site: &CloneSite) -> Result<ServerIdentity> {
     let data_dir = site.data_dir.clone();
     let version = version_of(site)?;
     run_blocking("identity", move || {
         let what = || format!("cannot look at '{}'", data_dir.display());
         let canonical = std::fs::canonicalize(&data_dir).context(what)?;
         let metadata = std::fs::metadata(&canonical).context(what)?;
-        let control = std::fs::read(canonical.join(aria_control::FILE)).context(what)?;
         Ok(ServerIdentity {
-            engine: EngineKind::MariaDb,
+            engine: product.kind(),
             version: version.to_string(),
-            system_id: aria_control::uuid(&control)?,
+            system_id: directory_uuid(product, &canonical)?,
             data_dir: canonical,
             data_dir_inode: (metadata.dev(), metadata.ino()),
         })

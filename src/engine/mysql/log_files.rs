@@ -1,6 +1,6 @@
 //! Which binary log files there are, and how far they may be read.
 //!
-//! The server says where its log ends: `SHOW MASTER STATUS` waits for the group of transactions that is being written,
+//! The server says where its log ends: `SHOW MASTER STATUS`, by whatever name, waits for the group of transactions that is being written,
 //! so that what lies before that position is complete, flushed, and synced as far as `sync_binlog` says. The index file
 //! says which files there are; it is read from disk, because `SHOW BINARY LOGS` waits for whoever purges. A file is
 //! finished when the server has begun the next one.
@@ -8,8 +8,9 @@
 use std::path::{Path, PathBuf};
 
 use crate::base::bulk::run_blocking;
-use crate::engine::mysql::MariaDbEngine;
+use crate::engine::mysql::MySqlEngine;
 use crate::engine::mysql::geometry::{log_name, log_number, server_log_number};
+use crate::engine::mysql::product::Product;
 use crate::engine::mysql::session::Session;
 use crate::engine::mysql::source::server_time;
 use crate::engine::{DurableEnd, LogListing};
@@ -51,11 +52,11 @@ impl LogPlace {
 }
 
 /// The log files after `after` and the durable end: see [`crate::engine::Engine::list_log`].
-pub(super) async fn list(engine: &MariaDbEngine, after: Option<&str>) -> Result<LogListing> {
+pub(super) async fn list(engine: &MySqlEngine, after: Option<&str>) -> Result<LogListing> {
     list_unnamed(engine, after).await.context(|| format!("cannot list the log of instance '{}'", engine.source.name))
 }
 
-async fn list_unnamed(engine: &MariaDbEngine, after: Option<&str>) -> Result<LogListing> {
+async fn list_unnamed(engine: &MySqlEngine, after: Option<&str>) -> Result<LogListing> {
     let after = after.map(log_number).transpose()?;
     let source = engine.session().await?;
     let place = LogPlace::ask(&source.session).await?;
@@ -104,15 +105,17 @@ fn require_next(after: Option<u64>, first: Option<u64>) -> Result<()> {
 
 /// Number and offset of the end of the log.
 pub(super) async fn end_of_log(session: &Session) -> Result<(u64, u64)> {
-    let rows = session.query("SHOW MASTER STATUS").await.map_err(|error| match error.kind() {
-        Kind::Forbidden => error.hint("GRANT BINLOG MONITOR ON *.* TO the account in 'user'"),
+    let product = Product::of_text(session.server_text());
+    let statement = product.log_end(session.server_text());
+    let rows = session.query(statement).await.map_err(|error| match error.kind() {
+        Kind::Forbidden => error.hint(format!("GRANT {} ON *.* TO the account in 'user'", product.log_end_right())),
         _ => error,
     })?;
     let number = rows.first("File").and_then(server_log_number);
     let offset = rows.first("Position").and_then(|offset| offset.parse().ok());
     number.zip(offset).ok_or_else(|| {
         Error::new(Kind::BadInput, "the server does not say where its binary log ends")
-            .hint("is 'log_bin' set? 'SHOW MASTER STATUS' must print a file")
+            .hint(format!("is 'log_bin' set? '{statement}' must print a file"))
     })
 }
 

@@ -13,17 +13,17 @@ use jiff::Timestamp;
 
 use crate::base::bulk::run_blocking;
 use crate::engine::LogRead;
-use crate::engine::mysql::MariaDbEngine;
+use crate::engine::mysql::MySqlEngine;
 use crate::engine::mysql::geometry::log_number;
 use crate::engine::mysql::log_files::LogPlace;
-use crate::engine::mysql::ondisk::gtid::GtidRange;
-use crate::engine::mysql::ondisk::walker::{Transaction, Walker, mask_in_use};
+use crate::engine::mysql::ondisk::transaction::{Transaction, TransactionRange};
+use crate::engine::mysql::ondisk::walker::{Walker, mask_in_use};
 use crate::error::{Context, Error, Kind, Result};
 use crate::model::log::{LogFile, LogSummary};
 use crate::model::position::Position;
 
 const PIECE_BYTES_MAX: u64 = 1 << 20;
-/// A stretch of log with transactions of more domains and servers has no list of them; a search reads it.
+/// A stretch of log with more series of transactions has no list of them; a search reads it.
 const RANGES_MAX: usize = 64;
 
 /// How far a file was walked.
@@ -34,7 +34,7 @@ pub struct Walked {
 }
 
 /// Opens bytes `from..to` of a log file: see [`crate::engine::Engine::open_log`].
-pub(super) async fn open(engine: &MariaDbEngine, file: &LogFile, from: u64, to: u64) -> Result<Box<dyn LogRead>> {
+pub(super) async fn open(engine: &MySqlEngine, file: &LogFile, from: u64, to: u64) -> Result<Box<dyn LogRead>> {
     let what = format!("cannot read log file '{}' of instance '{}'", file.name, engine.source.name);
     if from > to || to > file.readable_bytes {
         let readable = file.readable_bytes;
@@ -155,44 +155,39 @@ impl BinlogRead {
 pub struct Facts {
     /// Of the file.
     pub number: u64,
-    first_at: Option<u32>,
-    last_at: Option<u32>,
+    first_at: Option<Timestamp>,
+    last_at: Option<Timestamp>,
     last_end: Option<u64>,
-    ranges: Vec<GtidRange>,
+    ranges: Vec<TransactionRange>,
     has_too_many_ranges: bool,
 }
 
 impl Facts {
     pub fn add(&mut self, transaction: Transaction) {
-        let at = transaction.at_seconds;
+        let at = transaction.at;
         self.first_at = Some(self.first_at.map_or(at, |first| first.min(at)));
         self.last_at = Some(self.last_at.map_or(at, |last| last.max(at)));
         self.last_end = Some(transaction.end);
-        let gtid = transaction.gtid;
-        let is_same = |range: &&mut GtidRange| (range.first.domain, range.first.server) == (gtid.domain, gtid.server);
-        let has_room = self.ranges.len() < RANGES_MAX;
-        match self.ranges.iter_mut().find(is_same) {
-            Some(range) => {
-                range.first.sequence = range.first.sequence.min(gtid.sequence);
-                range.last_sequence = range.last_sequence.max(gtid.sequence);
-            }
-            None if has_room => {
-                self.ranges.push(GtidRange { first: gtid, last_sequence: gtid.sequence });
-            }
-            None => self.has_too_many_ranges = true,
+        if self.ranges.iter_mut().any(|range| range.extend(transaction.id)) {
+            return;
+        }
+        match TransactionRange::of(transaction.id) {
+            Some(range) if self.ranges.len() < RANGES_MAX => self.ranges.push(range),
+            Some(_) => self.has_too_many_ranges = true,
+            // It cannot be asked for by name.
+            None => {}
         }
     }
 
     pub fn summary(&self) -> LogSummary {
-        let time = |seconds: Option<u32>| seconds.and_then(|at| Timestamp::from_second(i64::from(at)).ok());
         LogSummary {
-            first_commit_at: time(self.first_at),
-            last_commit_at: time(self.last_at),
+            first_commit_at: self.first_at,
+            last_commit_at: self.last_at,
             last_commit: self.last_end.map(|offset| Position::File { number: self.number, offset }),
             named_points: Vec::new(),
             transactions: match self.has_too_many_ranges {
                 true => Vec::new(),
-                false => self.ranges.iter().map(GtidRange::to_string).collect(),
+                false => self.ranges.iter().map(TransactionRange::to_string).collect(),
             },
         }
     }

@@ -1,13 +1,14 @@
-//! The programs of MariaDB on this host, and whether they go together with a server.
+//! The programs of MariaDB and MySQL on this host, and whether they go together with a server.
 
 use std::path::{Path, PathBuf};
 
 use tokio_util::sync::CancellationToken;
 
 use crate::base::child::ChildCommand;
+use crate::engine::mysql::product::Product;
 use crate::error::{Error, Kind, Result};
 
-/// A version of MariaDB: `10.11.19`.
+/// A version: `10.11.19`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Version {
     pub major: u32,
@@ -42,18 +43,19 @@ impl std::fmt::Display for Version {
 /// A program that was asked for its version.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Program {
+    pub product: Product,
     pub path: PathBuf,
     pub version: Version,
 }
 
-/// Names of the server, the newer one first.
-pub const SERVER: [&str; 2] = ["mariadbd", "mysqld"];
-/// Names of the backup program.
+/// Names of servers of either product.
+pub const SERVERS: [&str; 2] = ["mariadbd", "mysqld"];
+/// Names of MariaDB's backup program.
 pub const BACKUP: [&str; 2] = ["mariadb-backup", "mariabackup"];
 
 /// Finds a program by one of its names: in `wanted` and its neighbour if that is given, otherwise where distributions
 /// put it. `Unsupported` if what is found is not of the series that is needed; `needed` is a version of it.
-pub async fn find(names: &[&str], wanted: Option<&Path>, needed: Version) -> Result<Program> {
+pub async fn find(product: Product, names: &[&str], wanted: Option<&Path>, needed: Version) -> Result<Program> {
     let directories = match wanted {
         Some(directory) => with_neighbour(directory),
         None => ["/usr/sbin", "/usr/bin", "/usr/local/mariadb/bin", "/usr/local/mysql/bin", "/usr/local/bin"]
@@ -75,11 +77,13 @@ pub async fn find(names: &[&str], wanted: Option<&Path>, needed: Version) -> Res
         let finished = asked.run(&CancellationToken::new()).await?;
         let text = [finished.stdout, finished.stderr].concat();
         let text = String::from_utf8_lossy(&text);
-        let version = Version::find(&text).filter(|_| text.contains("MariaDB"));
+        // In front of the word stands the path, which may have a number of its own.
+        let said = text.split_once(" Ver ").map_or(text.as_ref(), |(_, said)| said);
+        let version = Version::find(said).filter(|_| Product::of_text(&text) == product);
         match version {
-            Some(version) if version.is_same_series(needed) => return Ok(Program { path, version }),
-            Some(version) => others.push(format!("'{}' of MariaDB {version}", path.display())),
-            None => others.push(format!("'{}', which is not of MariaDB", path.display())),
+            Some(version) if version.is_same_series(needed) => return Ok(Program { product, path, version }),
+            Some(version) => others.push(format!("'{}' of {} {version}", path.display(), product.name())),
+            None => others.push(format!("'{}', which is not of {}", path.display(), product.name())),
         }
     }
     let series = format!("{}.{}", needed.major, needed.minor);
@@ -88,7 +92,7 @@ pub async fn find(names: &[&str], wanted: Option<&Path>, needed: Version) -> Res
         (true, None) => (Kind::NotFound, "it is not installed in a usual place".to_string()),
         (false, _) => (Kind::Unsupported, format!("found only {}", others.join(", "))),
     };
-    Err(Error::new(kind, format!("cannot find '{}' of MariaDB {series}: {found}", names[0])).hint(format!(
+    Err(Error::new(kind, format!("cannot find '{}' of {} {series}: {found}", names[0], product.name())).hint(format!(
         "install '{}' of series {series} on this host, or set 'bin_dir' to the directory of its programs",
         names[0]
     )))
@@ -159,7 +163,7 @@ mod tests {
     async fn a_program_that_is_not_there_is_not_found_with_what_to_install() {
         let directory = tempfile::tempdir().unwrap();
         let needed = Version { major: 10, minor: 11, patch: 0 };
-        let error = find(&BACKUP, Some(directory.path()), needed).await.unwrap_err();
+        let error = find(Product::MariaDb, &BACKUP, Some(directory.path()), needed).await.unwrap_err();
         assert_eq!(error.kind(), Kind::NotFound);
         assert!(error.hint_text().unwrap().contains("mariadb-backup"), "{error:?}");
     }

@@ -1,15 +1,17 @@
 //! Replay: the restored copy is made consistent, then the log is placed as relay logs, cut at the target, and applied by
-//! the server's own parallel applier.
+//! the server's own parallel applier. MariaDB and MySQL alike, but for how the copy is made consistent (`copy`) and the
+//! words (`product`).
 //!
 //! keiki reads the log itself and finds the last transaction of the target. The files of the log are put beside the data
 //! as relay logs of a replication whose source does not exist, the last one cut behind that transaction; the server's
 //! SQL thread applies all there is, on several workers, committing in the order of the log. No client is between, no
-//! `UNTIL` is used. What was reached is then asked of the server: `gtid_slave_pos`, which each transaction changes
-//! together with its rows, must be the state that the walker counted. Much log goes in batches, the server being
+//! `UNTIL` is used. What was reached is then asked of the server: `gtid_slave_pos` or `gtid_executed`, which each
+//! transaction changes together with its rows, must be the state that the walker counted. Much log goes in batches, the server being
 //! started anew for each, because the list of relay logs is read when it starts.
 //!
 //! Serving the log as a replication source would need no list and no batches, but it needs a network in the quarantine
-//! and writes every byte once more; placed files were exact and applied at the speed of the applier (tried on 10.11).
+//! and writes every byte once more; placed files were exact and applied at the speed of the applier (tried on
+//! MariaDB 10.11 and MySQL 9.7).
 
 use std::path::Path;
 use std::sync::Arc;
@@ -17,21 +19,20 @@ use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 
-use crate::base::bulk::run_blocking;
-use crate::base::child::{ChildCommand, boot_id};
+use crate::base::child::boot_id;
 use crate::engine::mysql::backup::fact;
-use crate::engine::mysql::clone::{Grounds, STAGED_DIR};
-use crate::engine::mysql::ondisk::backup_info::{BINLOG_INFO, BinlogInfo, CHECKPOINTS};
-use crate::engine::mysql::ondisk::gtid::GtidState;
-use crate::engine::mysql::programs;
+use crate::engine::mysql::clone::Grounds;
+use crate::engine::mysql::ondisk::transaction::LogState;
+use crate::engine::mysql::product::Product;
 use crate::engine::mysql::server::{pause, running_in, stop_now};
-use crate::engine::mysql::session::{Session, quoted};
+use crate::engine::mysql::session::Session;
 use crate::engine::{CloneSite, LogSource, Progress, Recovered};
 use crate::error::{Context, Error, Kind, Result};
 use crate::model::check::CheckItem;
 use crate::model::position::Position;
 use crate::model::target::{Target, utc_text};
 
+mod copy;
 mod feed;
 mod state;
 
@@ -117,55 +118,18 @@ impl Goal<'_> {
         self.verify(&end).await
     }
 
-    /// Lets the backup program make the copied files consistent, and moves them to where the server looks for them.
-    async fn apply_backup(&self) -> Result<()> {
-        stop_now(&self.site.data_dir).await?;
-        let staged = self.site.data_dir.join(STAGED_DIR);
-        let notes = staged.clone();
-        let read = |name: &str| std::fs::read(notes.join(name)).ok();
-        let checkpoints = CHECKPOINTS.iter().find_map(|name| read(name));
-        if let Some(info) = BINLOG_INFO.iter().find_map(|name| read(name)) {
-            self.check_notes(&BinlogInfo::parse(&info)?)?;
-        }
-        let is_applied = |text: &[u8]| {
-            let text = String::from_utf8_lossy(text);
-            ["log-applied", "full-prepared"].iter().any(|word| text.contains(word))
-        };
-        if checkpoints.is_some_and(|text| !is_applied(&text)) {
-            self.progress.note(String::from("making the copied files consistent"));
-            let tool = programs::find(&programs::BACKUP, self.grounds.bin_dir.as_deref(), self.grounds.version).await?;
-            ChildCommand::new(&tool.path)
-                .args(["--no-defaults", "--prepare", "--use-memory=256M"])
-                .arg(format!("--target-dir={}", staged.display()))
-                .current_dir(&self.site.run_dir)
-                .as_user(&self.grounds.server.user)
-                .run_checked(self.cancel)
-                .await
-                .context(|| "cannot make the copied files consistent")?;
-        }
-        let data_dir = self.site.data_dir.clone();
-        run_blocking("move up", move || crate::engine::mysql::clone::move_up(&data_dir)).await?;
-        match self.site.data_dir.join("mysql").is_dir() {
-            true => Ok(()),
-            false => Err(stage_again("it has no system tables")),
-        }
-    }
-
-    /// The program's own note must say what the backup's manifest says.
-    fn check_notes(&self, info: &BinlogInfo) -> Result<()> {
-        let (number, offset) = self.site.backup_start.file()?;
-        let noted = (crate::engine::mysql::geometry::server_log_number(&info.file), info.offset);
-        if noted == (Some(number), offset) {
-            return Ok(());
-        }
-        let reason = format!("the copied files belong to '{}' offset {}", info.file, info.offset);
-        Err(Error::new(Kind::Damaged, format!("{reason}, the backup says '{}'", self.site.backup_start)))
-    }
-
     async fn replay(&self) -> Result<End> {
-        let (number, offset) = self.site.backup_start.file()?;
-        let first_state = GtidState::parse(self.site.facts.get(fact::GTID_STATE).map_or("", String::as_str))?;
-        let mut feed = Feed::new(self.logs.clone(), self.site, self.target, first_state.clone()).await?;
+        let product = self.grounds.product;
+        let ((number, offset), first_state) = self.start_of_replay().await?;
+        let mut feed = Feed::new(
+            self.logs.clone(),
+            product,
+            self.site,
+            &self.replay_target(),
+            (number, offset),
+            first_state.clone(),
+        )
+        .await?;
         let total = feed.total_bytes();
         self.progress.note(format!("replaying the log from '{}'", Position::File { number, offset }));
         let mut state = Some(first_state);
@@ -181,7 +145,7 @@ impl Goal<'_> {
         if running_in(&self.site.data_dir).is_none() {
             let (_, session) = self.grounds.start_quarantined(self.site, &[], self.cancel).await?;
             if let Some(state) = state {
-                set_slave_pos(&session, &state).await?;
+                self.give_state(&session, &state).await?;
             }
         }
         self.progress.set(done, done);
@@ -190,54 +154,59 @@ impl Goal<'_> {
 
     /// Starts the server on the relay logs of a batch and waits until it has applied them. `first_state` is what it
     /// has already, given once.
-    async fn run_batch(&self, batch: &Batch, first_state: Option<GtidState>, done: u64, total: u64) -> Result<()> {
+    async fn run_batch(&self, batch: &Batch, first_state: Option<LogState>, done: u64, total: u64) -> Result<()> {
         // The last batch's server knows nothing of these files.
         self.grounds.server.stop_cleanly(self.cancel).await?;
         let workers = std::thread::available_parallelism().map_or(1, usize::from).clamp(1, WORKERS_MAX);
+        let words = self.grounds.product.applier();
         let more = [
-            format!("--slave-parallel-threads={workers}"),
+            format!("{}{workers}", words.workers_option),
             format!("--relay-log={}", batch.base),
             format!("--relay-log-index={}.index", batch.base),
         ];
         let (process, session) = self.grounds.start_quarantined(self.site, &more, self.cancel).await?;
         if let Some(state) = first_state {
-            set_slave_pos(&session, &state).await?;
+            self.give_state(&session, &state).await?;
         }
-        // The name in the source's log must be there too: 10.11 crashes where its workers compare it with an empty one
-        // (`sql/rpl_rli.cc`, inc_group_relay_log_pos).
         let log_base = self.site.facts.get(fact::LOG_BASE).map_or("binlog", String::as_str);
-        session
-            .execute(&format!(
-                "CHANGE MASTER TO MASTER_HOST = 'keiki.invalid', MASTER_USER = 'nobody', MASTER_USE_GTID = no, \
-                 MASTER_LOG_FILE = {}, MASTER_LOG_POS = {offset}, RELAY_LOG_FILE = {}, RELAY_LOG_POS = {offset}",
-                quoted(&format!("{log_base}.{:06}", batch.first_number)),
-                quoted(&batch.files[0].name),
-                offset = batch.start_offset
-            ))
-            .await?;
-        session.execute("START SLAVE SQL_THREAD").await?;
+        let source_file = format!("{log_base}.{:06}", batch.first_number);
+        let (first, offset) = (&batch.files[0], batch.first_offset);
+        session.execute(&self.grounds.product.apply_from((&source_file, offset), (&first.name, first.start))).await?;
+        session.execute(words.start).await?;
         loop {
             self.grounds.server.require_alive(process)?;
-            let status = session.query("SHOW SLAVE STATUS").await?;
-            if status.first("Slave_SQL_Running") != Some("Yes") {
+            let status = session.query(words.status).await?;
+            if status.first(words.running) != Some("Yes") {
                 return Err(self.applier_stopped(status.first("Last_SQL_Error").unwrap_or("it says nothing")));
             }
             let applied = status.first("Relay_Log_File").zip(status.first("Relay_Log_Pos"));
-            if let Some(bytes) = applied.and_then(|(name, offset)| batch.applied_bytes(name, offset)) {
+            let bytes = applied.and_then(|(name, offset)| batch.applied_bytes(name, offset));
+            if let Some(bytes) = bytes {
                 self.progress.set(done + bytes, total.max(done + bytes));
             }
-            if slave_pos(&session).await? == batch.end_state {
+            // A state that knows no names says nothing about transactions without one: their place does.
+            let is_there = batch.nameless == 0 || bytes.is_some_and(|bytes| bytes >= batch.bytes_to_end);
+            if is_there && self.has_all(&state_of(&session).await?, &batch.end_state) {
                 break;
             }
             pause(self.cancel).await?;
         }
-        session.query_within(STOP_LIMIT, "STOP SLAVE SQL_THREAD").await?;
-        session.query_within(STOP_LIMIT, "RESET SLAVE ALL").await?;
-        let reached = slave_pos(&session).await?;
-        if reached != batch.end_state {
+        session.query_within(STOP_LIMIT, words.stop).await?;
+        session.query_within(STOP_LIMIT, words.forget).await?;
+        let reached = state_of(&session).await?;
+        if !self.has_all(&reached, &batch.end_state) {
             return Err(wrong(format!("it has applied '{reached}', and the log ends at '{}'", batch.end_state)));
         }
         Ok(())
+    }
+
+    /// Whether a server with the state `reached` has applied everything up to `wanted`. A copy of MySQL has transactions
+    /// from behind the place that replay begins at, which are passed over: it may have more than a part of the log.
+    fn has_all(&self, reached: &LogState, wanted: &LogState) -> bool {
+        match (reached, wanted) {
+            (LogState::MySql(reached), LogState::MySql(wanted)) => wanted.first_missing_in(reached).is_none(),
+            _ => reached == wanted,
+        }
     }
 
     fn applier_stopped(&self, said: &str) -> Error {
@@ -249,7 +218,7 @@ impl Goal<'_> {
     async fn verify(&self, end: &End) -> Result<Recovered> {
         self.progress.note(String::from("verifying what was reached"));
         let session = self.grounds.connect().await?;
-        let reached = slave_pos(&session).await?;
+        let reached = state_of(&session).await?;
         if reached != end.state {
             return Err(wrong(format!("it has '{reached}', and the end that was found is '{}'", end.state)));
         }
@@ -263,7 +232,7 @@ impl Goal<'_> {
         }
         verified.push(CheckItem::pass("quarantine", "no network and no binary log"));
         session
-            .execute("CREATE OR REPLACE TEMPORARY TABLE mysql.keiki_probe (probe INT) ENGINE = InnoDB")
+            .execute("CREATE TEMPORARY TABLE IF NOT EXISTS mysql.keiki_probe (probe INT) ENGINE = InnoDB")
             .await
             .context(|| "cannot write to the recovered server")?;
         session.execute("DROP TEMPORARY TABLE mysql.keiki_probe").await?;
@@ -292,19 +261,17 @@ async fn outlive_the_server(session: &Session) -> Result<()> {
 /// An error unless a server that was started again still has all that was recovered.
 pub async fn require_reached(session: &Session, run_dir: &Path) -> Result<()> {
     let Some(end) = RecoveryState::load(run_dir)?.and_then(|state| state.end) else { return Ok(()) };
-    let found = slave_pos(session).await?;
+    let found = state_of(session).await?;
     match found == end.state {
         true => Ok(()),
         false => Err(wrong(format!("it was killed, and then had '{found}' instead of '{}'", end.state))),
     }
 }
 
-async fn slave_pos(session: &Session) -> Result<GtidState> {
-    GtidState::parse(&session.value("SELECT @@GLOBAL.gtid_slave_pos").await?.unwrap_or_default())
-}
-
-async fn set_slave_pos(session: &Session, state: &GtidState) -> Result<()> {
-    session.execute(&format!("SET GLOBAL gtid_slave_pos = {}", quoted(&state.to_string()))).await
+/// Which transactions a server has.
+async fn state_of(session: &Session) -> Result<LogState> {
+    let product = Product::of_text(session.server_text());
+    product.parse_state(&session.value(product.applier().state).await?.unwrap_or_default())
 }
 
 fn wrong(what: String) -> Error {

@@ -1,4 +1,4 @@
-//! A MariaDB server as a process: starting it, seeing whether it runs, stopping it.
+//! A server of MariaDB or MySQL as a process: starting it, seeing whether it runs, stopping it.
 //!
 //! Invariants: a server is started in a session of its own, so that it outlives the agent; starting has no time limit,
 //! but a server that died is noticed and its last log lines are quoted; a server is known by the data directory that its
@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 use crate::base::child::{ChildCommand, Process};
 use crate::base::processes::DirectoryId;
 use crate::base::users::User;
-use crate::engine::mysql::programs::{Program, SERVER};
+use crate::engine::mysql::programs::{Program, SERVERS};
 use crate::engine::mysql::session::{Endpoint, Session};
 use crate::engine::server_log::{LogMarks, last_log_lines};
 use crate::error::{Context, Error, Kind, Result};
@@ -43,7 +43,7 @@ impl Server {
     /// Starts the server with these arguments. A server that already runs is `Conflict`. Returns as soon as the process
     /// exists.
     pub fn start(&self, arguments: &[String]) -> Result<Process> {
-        let what = || format!("cannot start MariaDB in '{}'", self.data_dir.display());
+        let what = || format!("cannot start {} in '{}'", self.program.product.name(), self.data_dir.display());
         if let Some(process) = running_in(&self.data_dir) {
             return Err(Error::new(Kind::Conflict, format!("{}: process {} runs there already", what(), process.pid)));
         }
@@ -54,13 +54,18 @@ impl Server {
             )));
         }
         // Created by us and not by the server, because its directory may belong to root.
-        std::fs::OpenOptions::new()
+        let log_file = || format!("{}: cannot open '{}'", what(), self.log_file.display());
+        let log = std::fs::OpenOptions::new()
             .append(true)
             .create(true)
             .mode(0o600)
             .custom_flags(libc::O_NOFOLLOW)
             .open(&self.log_file)
-            .context(|| format!("{}: cannot open '{}'", what(), self.log_file.display()))?;
+            .context(log_file)?;
+        if !self.user.is_current() {
+            // MySQL opens it once more, by its name.
+            std::os::unix::fs::fchown(&log, Some(self.user.uid), Some(self.user.gid)).context(log_file)?;
+        }
         let child = ChildCommand::new(&self.program.path)
             .args(arguments)
             // From its first moment on it is seen to work in this directory, also by an agent that did not start it.
@@ -104,7 +109,8 @@ impl Server {
             return Ok(());
         }
         let words = last_log_lines(&self.log_file, LOG_MARKS);
-        let reason = format!("MariaDB in '{}' stopped by itself: {words}", self.data_dir.display());
+        let reason =
+            format!("{} in '{}' stopped by itself: {words}", self.program.product.name(), self.data_dir.display());
         Err(Error::new(Kind::Server, reason).hint(format!("the whole log is '{}'", self.log_file.display())))
     }
 
@@ -123,7 +129,7 @@ impl Server {
 pub async fn pause(cancel: &CancellationToken) -> Result<()> {
     tokio::select! {
         () = tokio::time::sleep(POLL) => Ok(()),
-        () = cancel.cancelled() => Err(Error::new(Kind::Cancelled, "cancelled while waiting for MariaDB")),
+        () = cancel.cancelled() => Err(Error::new(Kind::Cancelled, "cancelled while waiting for the server")),
     }
 }
 
@@ -138,7 +144,7 @@ pub async fn stop_now(data_dir: &Path) -> Result<()> {
 
 /// The server that works in this directory, if there is one. Seen only for processes of our own user, or as root.
 pub fn running_in(data_dir: &Path) -> Option<Process> {
-    DirectoryId::of(data_dir)?.processes(|program| SERVER.contains(&program)).first().copied()
+    DirectoryId::of(data_dir)?.processes(|program| SERVERS.contains(&program)).first().copied()
 }
 
 #[cfg(test)]

@@ -1,11 +1,12 @@
 //! The settings of a source that a clone takes over, and those that it must not.
 //!
-//! A server says of each of its variables where its value comes from (`information_schema.SYSTEM_VARIABLES`,
-//! GLOBAL_VALUE_ORIGIN). What the user set, in a file, on the command line or while it ran, goes into the facts of a
+//! A server says of each of its variables where its value comes from (MariaDB: `information_schema.SYSTEM_VARIABLES`,
+//! GLOBAL_VALUE_ORIGIN; MySQL: `performance_schema.variables_info`, VARIABLE_SOURCE). What the user set, in a file, on the command line or while it ran, goes into the facts of a
 //! backup; what is about the source's host, its network, its files, its log and its replication stays out of a clone.
 
 use std::collections::BTreeMap;
 
+use crate::engine::mysql::product::Product;
 use crate::engine::mysql::session::Session;
 use crate::error::Result;
 
@@ -87,25 +88,56 @@ const LEFT_MORE: [&str; 18] = [
     "wsrep",
 ];
 
+/// The same, of names that only MySQL has.
+const LEFT_OF_MYSQL: [&str; 21] = [
+    "admin_",
+    "auto_generate_certs",
+    "build_id",
+    "caching_sha2_password_p",
+    "clone_",
+    "component_",
+    "core_file",
+    "disabled_storage_engines",
+    "early_plugin",
+    "enforce_gtid",
+    "group_replication",
+    "innodb_directories",
+    "innodb_doublewrite_dir",
+    "keyring",
+    "mysqlx",
+    "persist",
+    "replica_",
+    "server_uuid",
+    "sha256_password_p",
+    "source_",
+    "super_read_only",
+];
+
 /// Whether a clone runs with the source's value of this setting.
 pub fn is_taken_over(name: &str) -> bool {
     let name = name.replace('-', "_").to_ascii_lowercase();
     if name == "log_bin_trust_function_creators" {
         return true;
     }
-    !LEFT_PREFIXES.iter().chain(&LEFT_MORE).any(|left| name.starts_with(left))
+    !LEFT_PREFIXES.iter().chain(&LEFT_MORE).chain(&LEFT_OF_MYSQL).any(|left| name.starts_with(left))
 }
 
 /// Asks a server for its settings.
 pub async fn ask(session: &Session) -> Result<BTreeMap<String, String>> {
     let always: Vec<String> = ALWAYS_RECORDED.iter().map(|name| format!("'{name}'")).collect();
-    let rows = session
-        .query(&format!(
+    let always = always.join(", ");
+    let sql = match Product::of_text(session.server_text()) {
+        Product::MariaDb => format!(
             "SELECT LOWER(VARIABLE_NAME), GLOBAL_VALUE FROM information_schema.SYSTEM_VARIABLES WHERE GLOBAL_VALUE IS \
-             NOT NULL AND (GLOBAL_VALUE_ORIGIN IN ('CONFIG', 'SQL') OR LOWER(VARIABLE_NAME) IN ({})) ORDER BY 1",
-            always.join(", ")
-        ))
-        .await?;
+             NOT NULL AND (GLOBAL_VALUE_ORIGIN IN ('CONFIG', 'SQL') OR LOWER(VARIABLE_NAME) IN ({always})) ORDER BY 1"
+        ),
+        Product::MySql => format!(
+            "SELECT LOWER(i.VARIABLE_NAME), g.VARIABLE_VALUE FROM performance_schema.variables_info i JOIN \
+             performance_schema.global_variables g ON g.VARIABLE_NAME = i.VARIABLE_NAME WHERE i.VARIABLE_SOURCE <> \
+             'COMPILED' OR LOWER(i.VARIABLE_NAME) IN ({always}) ORDER BY 1"
+        ),
+    };
+    let rows = session.query(&sql).await?;
     let pairs = rows.rows.into_iter().filter_map(|row| {
         let mut values = row.into_iter();
         Some((values.next()??, values.next()??))

@@ -11,11 +11,11 @@ use tokio::sync::{MappedMutexGuard, MutexGuard};
 
 use crate::base::bulk::run_blocking;
 use crate::engine::ServerIdentity;
-use crate::engine::mysql::ondisk::aria_control;
+use crate::engine::mysql::ondisk::{aria_control, auto_cnf};
+use crate::engine::mysql::product::Product;
 use crate::engine::mysql::session::{Endpoint, Session};
-use crate::engine::mysql::{MariaDbEngine, MariaDbSource};
+use crate::engine::mysql::{MySqlEngine, MySqlSource};
 use crate::error::{Context, Error, Kind, Result};
-use crate::model::engine_kind::EngineKind;
 
 /// A password is a line.
 const PASSWORD_BYTES_MAX: u64 = 4096;
@@ -34,10 +34,11 @@ pub struct SourceSession {
 struct DirectoryFacts {
     canonical: PathBuf,
     inode: (u64, u64),
-    aria_uuid: String,
+    /// What says which data directory it is.
+    uuid: String,
 }
 
-impl MariaDbSource {
+impl MySqlSource {
     /// Where this server listens, with the password as it is now.
     pub async fn endpoint(&self) -> Result<Endpoint> {
         let password = match self.password_file.clone() {
@@ -59,14 +60,7 @@ pub fn read_password(path: &Path) -> Result<String> {
     Ok(text.lines().next().unwrap_or_default().to_string())
 }
 
-/// `10.11.19` out of `10.11.19-MariaDB-0+deb12u1-log`; nothing if it is not MariaDB.
-pub fn mariadb_version(server_text: &str) -> Option<&str> {
-    let (version, rest) = server_text.split_once('-')?;
-    let is_number = version.bytes().all(|byte| byte.is_ascii_digit() || byte == b'.');
-    (rest.starts_with("MariaDB") && is_number).then_some(version)
-}
-
-impl MariaDbEngine {
+impl MySqlEngine {
     /// A new proved connection, for work that must own one.
     pub(super) async fn open_session(&self) -> Result<SourceSession> {
         let facts = self.directory_facts().await?;
@@ -88,48 +82,62 @@ impl MariaDbEngine {
 
     async fn directory_facts(&self) -> Result<DirectoryFacts> {
         let data_dir = self.source.data_dir.clone();
-        run_blocking("data directory", move || look_at_directory(&data_dir)).await
+        let product = self.source.product;
+        run_blocking("data directory", move || look_at_directory(product, &data_dir)).await
     }
 }
 
 /// Asks the running server who it is.
-pub(super) async fn identify(engine: &MariaDbEngine) -> Result<ServerIdentity> {
+pub(super) async fn identify(engine: &MySqlEngine) -> Result<ServerIdentity> {
     let what = || format!("cannot identify instance '{}'", engine.source.name);
     let facts = engine.directory_facts().await.context(what)?;
     let source = engine.session().await.context(what)?;
     Ok(ServerIdentity {
-        engine: EngineKind::MariaDb,
+        engine: engine.source.product.kind(),
         version: source.version.clone(),
-        system_id: facts.aria_uuid,
+        system_id: facts.uuid,
         data_dir: facts.canonical,
         data_dir_inode: facts.inode,
     })
 }
 
 /// Reads what identifies a data directory. Blocking.
-fn look_at_directory(data_dir: &Path) -> Result<DirectoryFacts> {
-    let what = || format!("cannot use '{}' as a data directory of MariaDB", data_dir.display());
-    let control = std::fs::read(data_dir.join(aria_control::FILE)).context(what).map_err(|error| {
-        match error.kind() {
-        Kind::NotFound => error.with_kind(Kind::BadInput).hint(
-            "'data_dir' of the instance is the directory that holds 'aria_log_control'; 'SELECT @@datadir' prints it",
-        ),
-        _ => error.hint("does the agent run as root or as the user of the server?"),
-    }
-    })?;
+fn look_at_directory(product: Product, data_dir: &Path) -> Result<DirectoryFacts> {
+    let what = || format!("cannot use '{}' as a data directory of {}", data_dir.display(), product.name());
+    let uuid = directory_uuid(product, data_dir).context(what)?;
     let canonical = std::fs::canonicalize(data_dir).context(what)?;
     let metadata = std::fs::metadata(&canonical).context(what)?;
-    Ok(DirectoryFacts {
-        inode: (metadata.dev(), metadata.ino()),
-        canonical,
-        aria_uuid: aria_control::uuid(&control).context(what)?,
-    })
+    Ok(DirectoryFacts { inode: (metadata.dev(), metadata.ino()), canonical, uuid })
 }
 
-async fn prove(session: Session, source: &MariaDbSource, facts: &DirectoryFacts) -> Result<SourceSession> {
-    let Some(version) = mariadb_version(session.server_text()).map(str::to_string) else {
+/// What the product's own file says which data directory it is. A physical copy of MariaDB has its parent's; one of MySQL
+/// gets its own when it is started. Blocking.
+pub(super) fn directory_uuid(product: Product, data_dir: &Path) -> Result<String> {
+    let name = match product {
+        Product::MariaDb => aria_control::FILE,
+        Product::MySql => auto_cnf::FILE,
+    };
+    let path = data_dir.join(name);
+    let bytes = std::fs::read(&path).context(|| format!("cannot read '{}'", path.display())).map_err(|error| {
+        match error.kind() {
+            Kind::NotFound => error.with_kind(Kind::BadInput).hint(format!(
+                "'data_dir' of the instance is the directory that holds '{name}'; 'SELECT @@datadir' prints it"
+            )),
+            _ => error.hint("does the agent run as root or as the user of the server?"),
+        }
+    })?;
+    match product {
+        Product::MariaDb => aria_control::uuid(&bytes),
+        Product::MySql => auto_cnf::uuid(&bytes),
+    }
+}
+
+async fn prove(session: Session, source: &MySqlSource, facts: &DirectoryFacts) -> Result<SourceSession> {
+    let Some(version) = source.product.version_in(session.server_text()).map(str::to_string) else {
         let reason = format!("the server at '{}' is '{}'", source.socket.display(), session.server_text());
-        return Err(Error::new(Kind::Unsupported, reason).hint("this version of keiki clones MariaDB and not MySQL"));
+        let other = Product::of_text(session.server_text()).kind().name();
+        return Err(Error::new(Kind::Unsupported, format!("{reason} and not {}", source.product.name()))
+            .hint(format!("correct 'engine' of the instance to '{other}', or 'socket'")));
     };
     let found = session.value("SELECT @@GLOBAL.datadir").await?.unwrap_or_default();
     let inode = facts.inode;
@@ -151,7 +159,21 @@ async fn prove(session: Session, source: &MariaDbSource, facts: &DirectoryFacts)
         .with_kind(Kind::BadInput)
         .hint("correct 'data_dir' or 'socket' of the instance so that they name one server"));
     }
+    if source.product == Product::MySql {
+        require_uuid(&session, source, &facts.uuid).await?;
+    }
     Ok(SourceSession { session, version })
+}
+
+/// The server's own name for itself is the one in its data directory, or somebody has exchanged one of the two.
+async fn require_uuid(session: &Session, source: &MySqlSource, uuid: &str) -> Result<()> {
+    let found = session.value("SELECT @@GLOBAL.server_uuid").await?.unwrap_or_default();
+    if found.eq_ignore_ascii_case(uuid) {
+        return Ok(());
+    }
+    let reason = format!("the server at '{}' calls itself '{found}'", source.socket.display());
+    Err(Error::new(Kind::Conflict, format!("{reason}, and '{}' says '{uuid}'", auto_cnf::FILE))
+        .hint("was the file changed while the server ran? restart the server"))
 }
 
 /// The server's clock now.
@@ -163,15 +185,6 @@ pub(super) async fn server_time(session: &Session) -> Result<Timestamp> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn mariadb_is_told_from_mysql_by_its_version() {
-        assert_eq!(mariadb_version("10.11.19-MariaDB-0+deb12u1-log"), Some("10.11.19"));
-        assert_eq!(mariadb_version("11.8.3-MariaDB"), Some("11.8.3"));
-        for other in ["9.7.0", "8.0.44-0ubuntu0.22.04.1", "8.4.3-Percona", ""] {
-            assert_eq!(mariadb_version(other), None, "{other}");
-        }
-    }
 
     #[test]
     fn a_password_is_the_first_line_of_its_file() {

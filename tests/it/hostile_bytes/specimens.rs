@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use jiff::Timestamp;
+use keiki::engine::mysql::ondisk::binlog::{CHECKSUM_BYTES, EventHeader, HEADER_BYTES, event_type};
 use keiki::error::{Error, Kind};
 use keiki::format::container::{ContainerKind, read_whole};
 use keiki::format::frame::ObjectSeal;
@@ -33,11 +34,26 @@ fn texts(texts: &[&str]) -> Vec<Vec<u8>> {
 /// The unchanged bytes for a target.
 pub fn of(target: &str) -> Vec<Vec<u8>> {
     match target {
-        "mysql_binlog" => files(&["mariadb/binlog-checksums", "mariadb/binlog-second", "mariadb/binlog-no-checksums"]),
+        "mysql_binlog" => files(&[
+            "mariadb/binlog-checksums",
+            "mariadb/binlog-second",
+            "mariadb/binlog-no-checksums",
+            "mysql/binlog-first",
+            "mysql/binlog-second",
+        ]),
         "mysql_mbstream" => files(&["mariadb/backup.mbstream"]),
-        "mysql_gtid" => texts(&["0-5-2257", "0-5-9,1-2-3, 7-4294967295-18446744073709551615", "0-5-1..0-5-99"]),
+        "mysql_gtid" => texts(&[
+            "0-5-2257",
+            "0-5-9,1-2-3, 7-4294967295-18446744073709551615",
+            "0-5-1..0-5-99",
+            "3e11fa47-71ca-11e1-9e33-c80aa9429562:23",
+            "3e11fa47-71ca-11e1-9e33-c80aa9429562:abc_tag:5..9",
+            "3e11fa47-71ca-11e1-9e33-c80aa9429562:1-20:22:abc_tag:1:zz:1-3,\na9efa202-e59e-11f1-a868-02fc00000001:5",
+        ]),
         "mysql_backup_info" => [files(&["mariadb/xtrabackup_binlog_info"]), texts(&["binlog.000003\t4567\n"])].concat(),
         "mysql_aria_control" => files(&["mariadb/aria_log_control"]),
+        "mysql_gtid_events" => mysql_gtid_events(),
+        "mysql_auto_cnf" => texts(&["[auto]\nserver-uuid=a9efa202-e59e-11f1-a868-02fc00000001\n"]),
         "mysql_wire" => mysql_packets(),
         "redis_resp" => texts(&[
             "+OK\r\n:7\r\n-ERR no\r\n$-1\r\n$4\r\na\r\nb\r\n*2\r\n:7\r\n*0\r\n",
@@ -129,6 +145,24 @@ fn links() -> Vec<u8> {
     }
     text += &writer.end().unwrap();
     text.into_bytes()
+}
+
+/// The bodies of the events with GTIDs in the files of a real server.
+fn mysql_gtid_events() -> Vec<Vec<u8>> {
+    let mut bodies = Vec::new();
+    for log in files(&["mysql/binlog-first", "mysql/binlog-second"]) {
+        let mut rest = &log[4..];
+        while let Some(header) = EventHeader::parse(rest) {
+            let (event, later) = rest.split_at(header.bytes as usize);
+            if [event_type::MYSQL_GTID, event_type::MYSQL_ANONYMOUS_GTID].contains(&header.kind)
+                || [event_type::MYSQL_PREVIOUS_GTIDS, event_type::MYSQL_TAGGED_GTID].contains(&header.kind)
+            {
+                bodies.push(event[HEADER_BYTES..event.len() - CHECKSUM_BYTES].to_vec());
+            }
+            rest = later;
+        }
+    }
+    bodies
 }
 
 /// What a server of MariaDB greets with and answers, as in `sql/sql_acl.cc` and the protocol's description.

@@ -1,6 +1,7 @@
 //! The log of a real server through the engine: what is shipped, and what torn and hostile bytes do to the walker.
 
-use keiki::engine::mysql::ondisk::walker::{Transaction, Walker};
+use keiki::engine::mysql::ondisk::transaction::Transaction;
+use keiki::engine::mysql::ondisk::walker::Walker;
 
 use super::*;
 
@@ -36,12 +37,12 @@ async fn the_open_log_file_of_mariadb_has_the_bytes_that_it_has_when_it_is_finis
     outcome.unwrap();
     assert_eq!(boundary, sealed.len() as u64);
     let pos = source.session.value("SELECT @@gtid_binlog_pos").await.unwrap().unwrap();
-    assert_eq!(found.last().unwrap().gtid.to_string(), pos);
-    let sequences: Vec<u64> = found.iter().map(|transaction| transaction.gtid.sequence).collect();
-    assert_eq!(sequences, (1..=sequences.len() as u64).collect::<Vec<_>>());
+    assert_eq!(found.last().unwrap().id.to_string(), pos);
+    let ids: Vec<String> = found.iter().map(|transaction| transaction.id.to_string()).collect();
+    assert_eq!(ids, (1..=ids.len()).map(|sequence| format!("0-5-{sequence}")).collect::<Vec<_>>());
     assert_eq!(found.last().unwrap().end, open.len() as u64);
     let summary = &summaries[name];
-    assert_eq!(summary.transactions, [format!("0-5-1..{}", sequences.len())]);
+    assert_eq!(summary.transactions, [format!("0-5-1..{}", ids.len())]);
     assert_eq!(summary.last_commit, Some(Position::File { number: 1, offset: open.len() as u64 }));
 
     // Torn anywhere: exactly the transactions that are complete.

@@ -114,7 +114,7 @@ async fn an_accepted_mariadb_clone_goes_on_in_a_log_of_its_own() {
     config.socket = clone.site.run_dir.join(SOCKET_FILE);
     config.user = ACCOUNT.to_string();
     config.password_file = Some(clone.site.run_dir.join(PASSWORD_FILE));
-    let engine = MariaDbEngine::new(config);
+    let engine = MySqlEngine::new(config);
     assert_eq!(engine.identify().await.unwrap(), held);
     let listing = engine.list_log(None).await.unwrap();
     assert_eq!(listing.files.first().unwrap().name, "binlog.0000000001");

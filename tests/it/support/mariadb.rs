@@ -13,7 +13,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use keiki::base::users::User;
-use keiki::engine::mysql::MariaDbSource;
+use keiki::engine::mysql::MySqlSource;
+use keiki::engine::mysql::product::Product;
 use keiki::engine::mysql::session::{Endpoint, Rows, Session};
 
 use super::postgres::{end_cleanly, server_user, spawn_that_dies_with_us, wait_until};
@@ -153,8 +154,9 @@ impl MariaServer {
     }
 
     /// What the configuration would say about it.
-    pub fn source(&self, name: &str) -> MariaDbSource {
-        MariaDbSource {
+    pub fn source(&self, name: &str) -> MySqlSource {
+        MySqlSource {
+            product: Product::MariaDb,
             name: name.to_string(),
             data_dir: self.data_dir.clone(),
             socket: self.socket.clone(),
@@ -162,6 +164,7 @@ impl MariaServer {
             password_file: None,
             run_as: self.user.name.clone(),
             bin_dir: self.release.root().is_some().then(|| self.release.bin_dir()),
+            backup_dir: None,
         }
     }
 

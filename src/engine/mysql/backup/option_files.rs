@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use crate::base::bulk::run_blocking;
 use crate::engine::BaseLane;
-use crate::engine::mysql::MariaDbSource;
+use crate::engine::mysql::MySqlSource;
 use crate::engine::mysql::server::running_in;
 use crate::error::Result;
 use crate::model::backup::{FileKind, FileMeta};
@@ -21,13 +21,15 @@ const FILE_BYTES_MAX: u64 = 1 << 20;
 const FILES_MAX: usize = 200;
 
 /// Path and content of each option file that can be read.
-pub async fn collect(source: &MariaDbSource) -> Result<Vec<(PathBuf, Vec<u8>)>> {
+pub async fn collect(source: &MySqlSource) -> Result<Vec<(PathBuf, Vec<u8>)>> {
     let data_dir = source.data_dir.clone();
     run_blocking("option files", move || {
         let mut found = Vec::new();
         for root in roots(&data_dir) {
             read_with_includes(&root, &mut found);
         }
+        // What SET PERSIST wrote (MySQL manual, "Persisted System Variables").
+        read_with_includes(&data_dir.join("mysqld-auto.cnf"), &mut found);
         Ok(found)
     })
     .await

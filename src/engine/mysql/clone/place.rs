@@ -12,13 +12,12 @@ use crate::base::ownership::give_to;
 use crate::base::users::User;
 use crate::engine::mysql::backup::CONFIG_DIRECTORY;
 use crate::engine::mysql::ondisk::backup_info::PREFIXES;
+use crate::engine::mysql::product::Product;
 use crate::error::{Context, Error, Kind, Result};
 use crate::model::backup::{FileKind, FileMeta};
 
 /// Below the data directory, while it is being filled.
 pub const STAGED_DIR: &str = "keiki_staged";
-/// Without it no server gets up (`sql/sql_acl.cc`, acl_init).
-const SYSTEM_TABLES: &str = "mysql";
 
 /// What becomes of a file of a backup. See `CloneEngine::place`.
 pub fn place(meta: &FileMeta) -> Result<Option<FileMeta>> {
@@ -28,7 +27,7 @@ pub fn place(meta: &FileMeta) -> Result<Option<FileMeta>> {
     }
     if let FileKind::Link { .. } = meta.kind {
         return Err(Error::new(Kind::Unsupported, format!("'{}' of the backup is a link", meta.path))
-            .hint("keiki clones MariaDB whose tables all lie in the data directory"));
+            .hint("keiki clones servers whose tables all lie in the data directory"));
     }
     Ok(Some(FileMeta { path: format!("{STAGED_DIR}/{}", meta.path), ..meta.clone() }))
 }
@@ -41,7 +40,7 @@ pub fn own_directory(user: &User, path: &Path) -> Result<()> {
 }
 
 /// Moves the staged files up into the data directory. Blocking; may be repeated after a crash at any point.
-pub fn move_up(data_dir: &Path) -> Result<()> {
+pub fn move_up(product: Product, data_dir: &Path) -> Result<()> {
     let staged = data_dir.join(STAGED_DIR);
     if !staged.exists() {
         return Ok(());
@@ -51,7 +50,7 @@ pub fn move_up(data_dir: &Path) -> Result<()> {
     for entry in std::fs::read_dir(&staged).context(what)? {
         names.push(PathBuf::from(entry.context(what)?.file_name()));
     }
-    names.sort_by_key(|name| (name.as_os_str() == SYSTEM_TABLES, name.clone()));
+    names.sort_by_key(|name| (name.as_os_str() == product.last_entry(), name.clone()));
     for name in names {
         let (from, to) = (staged.join(&name), data_dir.join(&name));
         // The program's own notes have done their work.
@@ -96,12 +95,12 @@ mod tests {
         }
         // Somebody started a server meanwhile.
         std::fs::write(data.join("t"), "").unwrap();
-        assert_eq!(move_up(data).unwrap_err().kind(), Kind::Damaged);
+        assert_eq!(move_up(Product::MariaDb, data).unwrap_err().kind(), Kind::Damaged);
         assert!(data.join("ibdata1").exists() && !data.join("mysql").exists());
         std::fs::remove_file(data.join("t")).unwrap();
-        move_up(data).unwrap();
+        move_up(Product::MariaDb, data).unwrap();
         assert!(data.join("mysql").is_dir() && data.join("t").is_dir());
         assert!(!staged.exists() && !data.join("xtrabackup_info").exists());
-        move_up(data).unwrap();
+        move_up(Product::MariaDb, data).unwrap();
     }
 }

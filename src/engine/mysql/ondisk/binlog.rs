@@ -1,7 +1,8 @@
 //! The binary log as bytes: file magic, event headers, and the few event bodies that say where transactions begin, end
 //! and what they are called.
 //!
-//! Sources: `sql/log_event.h` and `sql/log_event.cc` of MariaDB 10.11; MariaDB knowledge base, "Replication protocol".
+//! Sources: `sql/log_event.h` and `sql/log_event.cc` of MariaDB 10.11; MariaDB knowledge base, "Replication protocol";
+//! `libs/mysql/binlog/event/binlog_event.h` of MySQL 9. What only MySQL has is in `gtid_event`.
 //! All numbers are little-endian.
 
 use super::bytes::{u16_at, u32_at, u64_at};
@@ -10,6 +11,8 @@ use crate::error::{Error, Kind, Result};
 
 /// The first bytes of a log file (BINLOG_MAGIC).
 pub const MAGIC: [u8; 4] = [0xfe, b'b', b'i', b'n'];
+/// The first bytes of one that MySQL has encrypted (`sql/rpl_log_encryption.h`).
+pub const ENCRYPTED_MAGIC: [u8; 4] = [0xfd, b'b', b'i', b'n'];
 /// The first event begins behind them.
 pub const FIRST_EVENT_AT: u64 = 4;
 /// Time, type, server, length, end, flags (LOG_EVENT_HEADER_LEN).
@@ -35,6 +38,7 @@ pub mod event_type {
     pub const TABLE_MAP: u8 = 19;
     pub const MYSQL_GTID: u8 = 33;
     pub const MYSQL_ANONYMOUS_GTID: u8 = 34;
+    pub const MYSQL_PREVIOUS_GTIDS: u8 = 35;
     pub const XA_PREPARE: u8 = 38;
     pub const MYSQL_TAGGED_GTID: u8 = 42;
     pub const ANNOTATE_ROWS: u8 = 160;

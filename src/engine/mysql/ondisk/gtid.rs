@@ -80,34 +80,6 @@ impl fmt::Display for GtidState {
     }
 }
 
-/// The transactions of one domain and server between a first and a last sequence number, as a summary of a stretch of
-/// log: all of them that the stretch has are inside, but it need not have all that are.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct GtidRange {
-    pub first: Gtid,
-    pub last_sequence: u64,
-}
-
-impl GtidRange {
-    /// Reads what `Display` prints; nothing if it is something else.
-    pub fn parse(text: &str) -> Option<GtidRange> {
-        let (first, last) = text.split_once("..")?;
-        Some(GtidRange { first: Gtid::parse(first).ok()?, last_sequence: last.parse().ok()? })
-    }
-
-    /// Whether the transaction may be in the stretch.
-    pub fn may_hold(&self, gtid: Gtid) -> bool {
-        (gtid.domain, gtid.server) == (self.first.domain, self.first.server)
-            && (self.first.sequence..=self.last_sequence).contains(&gtid.sequence)
-    }
-}
-
-impl fmt::Display for GtidRange {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}..{}", self.first, self.last_sequence)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -127,14 +99,5 @@ mod tests {
             assert_eq!(Gtid::parse(bad).unwrap_err().kind(), Kind::BadInput, "{bad}");
         }
         assert!(GtidState::parse("0-1-2,x").is_err());
-    }
-
-    #[test]
-    fn a_range_holds_its_ends_and_nothing_of_another_server() {
-        let range = GtidRange::parse("0-5-10..20").unwrap();
-        assert_eq!(range.to_string(), "0-5-10..20");
-        let holds = |text| range.may_hold(Gtid::parse(text).unwrap());
-        assert!(holds("0-5-10") && holds("0-5-20"));
-        assert!(!holds("0-5-9") && !holds("0-5-21") && !holds("0-6-15") && !holds("1-5-15"));
     }
 }

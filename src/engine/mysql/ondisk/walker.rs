@@ -4,28 +4,22 @@
 //! does not grow with a length that the bytes claim. A file that ends inside an event or a transaction is no error: it
 //! is what a crash leaves, and nothing behind the last complete transaction was ever acknowledged as part of the log.
 
+use jiff::Timestamp;
+
 use super::binlog::{
-    CHECKSUM_BYTES, EventHeader, FIRST_EVENT_AT, Format, GtidEvent, HEADER_BYTES, IN_USE_AT, IN_USE_FLAG, MAGIC,
-    ends_transaction, event_type, goes_before_statement, gtid_list,
+    CHECKSUM_BYTES, ENCRYPTED_MAGIC, EventHeader, FIRST_EVENT_AT, Format, GtidEvent, HEADER_BYTES, IN_USE_AT,
+    IN_USE_FLAG, MAGIC, ends_transaction, event_type, goes_before_statement, gtid_list,
 };
-use super::gtid::{Gtid, GtidState};
+use super::gtid_event::{MySqlGtidEvent, previous_gtids};
+use super::transaction::{LogState, Transaction, TransactionId};
 use crate::error::{Error, Kind, Result};
 
-/// Enough of an event's body for everything that is looked at; a GTID list with more entries is not read.
-const HEAD_BYTES_MAX: usize = 8 << 10;
+/// Enough of an event's body for everything that is looked at but a list of GTIDs.
+const HEAD_BYTES_MAX: usize = 1 << 10;
+/// A list of GTIDs that is longer is not read.
+const LIST_BYTES_MAX: usize = 4 << 20;
 /// Enough for "\0ROLLBACK" and a checksum.
 const TAIL_BYTES: usize = 32;
-
-/// A complete transaction.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Transaction {
-    pub gtid: Gtid,
-    /// Offsets in the file: of the GTID event, and behind the last event.
-    pub start: u64,
-    pub end: u64,
-    /// When its last statement began, in seconds since 1970: it was committed then or later, and before the next one.
-    pub at_seconds: u32,
-}
 
 /// See the module.
 pub struct Walker {
@@ -39,7 +33,7 @@ pub struct Walker {
     tail: Vec<u8>,
     group: Option<Group>,
     /// The state that the file says it begins with.
-    first_state: Option<GtidState>,
+    first_state: Option<LogState>,
     /// Where the last event ended.
     event_end: u64,
     /// Where the last event ended that was not inside a transaction, or the last of one.
@@ -55,10 +49,21 @@ enum State {
 
 #[derive(Debug, Clone, Copy)]
 struct Group {
-    gtid: Gtid,
+    id: TransactionId,
     start: u64,
-    at_seconds: u32,
-    is_standalone: bool,
+    at: Timestamp,
+    ends: Ending,
+}
+
+/// How the end of a transaction is known.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Ending {
+    /// By the event that commits it.
+    Commit,
+    /// By its only statement.
+    Statement,
+    /// By its length, with which MySQL begins each: the events of a compressed one are not looked at.
+    At(u64),
 }
 
 impl Walker {
@@ -93,7 +98,7 @@ impl Walker {
     }
 
     /// The GTID state that the file begins with, once its event was walked.
-    pub fn first_state(&self) -> Option<&GtidState> {
+    pub fn first_state(&self) -> Option<&LogState> {
         self.first_state.as_ref()
     }
 
@@ -122,7 +127,7 @@ impl Walker {
             match self.state {
                 State::Magic | State::Header => self.head.extend_from_slice(now),
                 State::Body { header, left } => {
-                    let room = HEAD_BYTES_MAX - self.head.len();
+                    let room = head_bytes_max(header.kind).saturating_sub(self.head.len());
                     self.head.extend_from_slice(&now[..room.min(now.len())]);
                     self.keep_tail(now);
                     self.state = State::Body { header, left: left - now.len() as u64 };
@@ -150,6 +155,9 @@ impl Walker {
     fn end_part(&mut self, found: &mut dyn FnMut(Transaction) -> Result<()>) -> Result<()> {
         match self.state {
             State::Magic => {
+                if self.head == ENCRYPTED_MAGIC {
+                    return Err(encrypted());
+                }
                 if self.head != MAGIC {
                     return Err(self.damaged("they do not begin like one"));
                 }
@@ -204,35 +212,62 @@ impl Walker {
         if self.format.is_none() {
             return Err(self.damaged("its first event does not describe its format"));
         }
-        let body_bytes = header.bytes as usize - HEADER_BYTES;
+        let is_whole = header.bytes as usize - HEADER_BYTES <= LIST_BYTES_MAX;
         match header.kind {
-            event_type::START_ENCRYPTION => Err(Error::new(Kind::Unsupported, "the binary log is encrypted").hint(
-                "keiki cannot read it: set 'encrypt_binlog = OFF' on the source; the repository can be kept encrypted",
-            )),
-            event_type::MYSQL_GTID | event_type::MYSQL_ANONYMOUS_GTID | event_type::MYSQL_TAGGED_GTID => {
-                Err(Error::new(Kind::Unsupported, "this is a binary log of MySQL and not of MariaDB"))
-            }
-            event_type::GTID_LIST => {
-                if self.first_state.is_none() && body_bytes <= HEAD_BYTES_MAX {
-                    self.first_state = gtid_list(&self.head);
-                }
+            event_type::START_ENCRYPTION => Err(encrypted()),
+            event_type::GTID_LIST | event_type::MYSQL_PREVIOUS_GTIDS if self.first_state.is_none() && is_whole => {
+                self.first_state = match header.kind {
+                    event_type::GTID_LIST => gtid_list(&self.head).map(LogState::MariaDb),
+                    _ => previous_gtids(self.body()).map(LogState::MySql),
+                };
                 Ok(())
             }
             event_type::GTID => self.begin(header),
+            event_type::MYSQL_GTID | event_type::MYSQL_ANONYMOUS_GTID | event_type::MYSQL_TAGGED_GTID => {
+                self.begin_mysql(header)
+            }
             _ => self.go_on(header, found),
         }
     }
 
+    /// The body that was kept, without its checksum if it was kept whole.
+    fn body(&self) -> &[u8] {
+        let has_checksum = self.format.is_some_and(|format| format.has_checksums);
+        &self.head[..self.head.len().saturating_sub(if has_checksum { CHECKSUM_BYTES } else { 0 })]
+    }
+
+    fn start_of(&self, header: EventHeader) -> u64 {
+        self.offset.saturating_sub(u64::from(header.bytes))
+    }
+
+    /// A transaction begins. One that did not end: the server died while it wrote it, and went on in the same file only
+    /// if what came before did not count.
     fn begin(&mut self, header: EventHeader) -> Result<()> {
         let event = GtidEvent::parse(&self.head, header.server)
             .ok_or_else(|| self.damaged("the start of a transaction is cut short"))?;
-        // A transaction that did not end: the server died while it wrote it, and went on in the same file only if
-        // what came before did not count.
         self.group = Some(Group {
-            gtid: event.gtid,
-            start: self.offset - u64::from(header.bytes).min(self.offset),
-            at_seconds: header.at_seconds,
-            is_standalone: event.is_standalone,
+            id: TransactionId::MariaDb(event.gtid),
+            start: self.start_of(header),
+            at: seconds(header.at_seconds),
+            ends: if event.is_standalone { Ending::Statement } else { Ending::Commit },
+        });
+        Ok(())
+    }
+
+    fn begin_mysql(&mut self, header: EventHeader) -> Result<()> {
+        let event = match header.kind {
+            event_type::MYSQL_TAGGED_GTID => MySqlGtidEvent::parse_tagged(self.body()),
+            kind => MySqlGtidEvent::parse(self.body(), kind == event_type::MYSQL_ANONYMOUS_GTID),
+        };
+        let event = event.ok_or_else(|| self.damaged("the start of a transaction cannot be understood"))?;
+        let start = self.start_of(header);
+        let end = start.checked_add(event.transaction_bytes).filter(|end| *end > self.offset);
+        let micros = i64::try_from(event.at_microseconds).unwrap_or(i64::MAX);
+        self.group = Some(Group {
+            id: event.gtid.map_or(TransactionId::Anonymous, TransactionId::MySql),
+            start,
+            at: Timestamp::from_microsecond(micros).unwrap_or(Timestamp::MAX),
+            ends: Ending::At(end.ok_or_else(|| self.damaged("a transaction is shorter than its start"))?),
         });
         Ok(())
     }
@@ -240,27 +275,48 @@ impl Walker {
     /// An event that may belong to a transaction, and may be its last.
     fn go_on(&mut self, header: EventHeader, found: &mut dyn FnMut(Transaction) -> Result<()>) -> Result<()> {
         let Some(group) = self.group else { return Ok(()) };
-        let ends = match header.kind {
+        let is_over = match (header.kind, group.ends) {
             // The file ends, and the transaction did not.
-            event_type::STOP | event_type::ROTATE => {
+            (event_type::STOP | event_type::ROTATE, _) => {
                 self.group = None;
                 return Ok(());
             }
-            _ if group.is_standalone => !goes_before_statement(header.kind),
-            event_type::XID | event_type::XA_PREPARE => true,
-            event_type::QUERY => ends_transaction(self.tail_without_checksum()),
-            _ => false,
+            (_, Ending::At(end)) if self.offset > end => {
+                return Err(self.damaged("a transaction does not end where it says"));
+            }
+            (_, Ending::At(end)) => self.offset == end,
+            (kind, Ending::Statement) => !goes_before_statement(kind),
+            (event_type::XID | event_type::XA_PREPARE, Ending::Commit) => true,
+            (event_type::QUERY, Ending::Commit) => ends_transaction(self.tail_without_checksum()),
+            (_, Ending::Commit) => false,
         };
-        if ends {
+        if is_over {
             self.group = None;
-            return found(Transaction {
-                gtid: group.gtid,
-                start: group.start,
-                end: self.offset,
-                at_seconds: group.at_seconds.max(header.at_seconds),
-            });
+            let at = match group.ends {
+                Ending::At(_) => group.at,
+                Ending::Commit | Ending::Statement => group.at.max(seconds(header.at_seconds)),
+            };
+            return found(Transaction { id: group.id, start: group.start, end: self.offset, at });
         }
         Ok(())
+    }
+}
+
+fn seconds(at: u32) -> Timestamp {
+    Timestamp::from_second(i64::from(at)).unwrap_or(Timestamp::MAX)
+}
+
+fn encrypted() -> Error {
+    Error::new(Kind::Unsupported, "the binary log is encrypted").hint(
+        "keiki cannot read it: set 'encrypt_binlog = OFF' (MariaDB) or 'binlog_encryption = OFF' (MySQL) on the source; \
+         the repository can be kept encrypted",
+    )
+}
+
+fn head_bytes_max(kind: u8) -> usize {
+    match kind {
+        event_type::GTID_LIST | event_type::MYSQL_PREVIOUS_GTIDS => LIST_BYTES_MAX,
+        _ => HEAD_BYTES_MAX,
     }
 }
 

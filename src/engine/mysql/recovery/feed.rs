@@ -17,8 +17,10 @@ use crate::base::bulk::run_blocking;
 use crate::base::ownership::{give_to, write_owned};
 use crate::base::users::User;
 use crate::engine::mysql::geometry::{log_name, log_number};
-use crate::engine::mysql::ondisk::gtid::{Gtid, GtidRange, GtidState};
-use crate::engine::mysql::ondisk::walker::{Transaction, Walker};
+use crate::engine::mysql::ondisk::binlog::{EventHeader, FIRST_EVENT_AT, HEADER_BYTES, event_type};
+use crate::engine::mysql::ondisk::transaction::{LogState, Transaction, TransactionId, TransactionRange};
+use crate::engine::mysql::ondisk::walker::Walker;
+use crate::engine::mysql::product::Product;
 use crate::engine::{CloneSite, LogSource};
 use crate::error::{Context, Error, Kind, Result};
 use crate::model::position::Position;
@@ -27,8 +29,8 @@ use crate::model::target::Target;
 /// Log that lies in the clone at the same time. One file may be longer.
 const BATCH_BYTES: u64 = 1 << 30;
 const PIECE_BYTES: usize = 4 << 20;
-/// The first file is copied from its start, for the event that describes its format, up to here; what lies between this
-/// and the start of replay is left out.
+/// MariaDB: the first file is copied from its start, for the event that describes its format, up to here; what lies
+/// between this and the start of replay is left out, and a hole in the copy.
 const START_BYTES: u64 = 64 << 10;
 /// Beginning of the names of the relay logs.
 pub const RELAY_PREFIX: &str = "keiki-relay";
@@ -38,8 +40,8 @@ pub const RELAY_PREFIX: &str = "keiki-relay";
 pub struct End {
     pub number: u64,
     pub offset: u64,
-    /// The last transaction of each domain.
-    pub state: GtidState,
+    /// What a server has that has all of it.
+    pub state: LogState,
     pub last_commit_at: Option<Timestamp>,
 }
 
@@ -55,6 +57,8 @@ pub struct Placed {
     /// Without directory.
     pub name: String,
     pub bytes: u64,
+    /// Where in it replay begins.
+    pub start: u64,
 }
 
 /// Relay logs that lie ready.
@@ -65,13 +69,17 @@ pub struct Batch {
     pub files: Vec<Placed>,
     /// The number of the first file in the source's log.
     pub first_number: u64,
-    /// Where in the first file replay begins.
-    pub start_offset: u64,
+    /// Where in that file replay begins.
+    pub first_offset: u64,
     /// Bytes to be replayed.
     pub bytes: u64,
     pub transactions: u64,
+    /// How many of them have no name, so that the state does not show them.
+    pub nameless: u64,
+    /// How many bytes lie before the end of the last transaction.
+    pub bytes_to_end: u64,
     /// The state behind the last transaction.
-    pub end_state: GtidState,
+    pub end_state: LogState,
 }
 
 impl Batch {
@@ -79,19 +87,19 @@ impl Batch {
     pub fn applied_bytes(&self, name: &str, offset: &str) -> Option<u64> {
         let at = self.files.iter().position(|file| file.name == name.rsplit('/').next().unwrap_or(name))?;
         let before: u64 = self.files[..at].iter().map(|file| file.bytes).sum();
-        Some((before + offset.parse::<u64>().ok()?).saturating_sub(self.start_offset))
+        Some((before + offset.parse::<u64>().ok()?).saturating_sub(self.files[0].start))
     }
 }
 
 /// Where a transaction begins and ends in a log file, if it is there. `held` is what the summary of the file says;
 /// without a summary the file is read.
 pub async fn find_transaction(
-    wanted: Gtid,
+    wanted: TransactionId,
     file: &str,
     held: &[String],
     logs: &dyn LogSource,
 ) -> Result<Option<(Position, Position)>> {
-    let may_hold = |text: &String| GtidRange::parse(text).is_none_or(|range| range.may_hold(wanted));
+    let may_hold = |text: &String| TransactionRange::parse(text).is_none_or(|range| range.may_hold(wanted));
     if !held.is_empty() && !held.iter().any(may_hold) {
         return Ok(None);
     }
@@ -106,7 +114,7 @@ pub async fn find_transaction(
         }
         at += piece.len() as u64;
         let walked = walker.feed(&piece, &mut |transaction| {
-            if transaction.gtid == wanted {
+            if transaction.id == wanted {
                 let position = |offset| Position::File { number, offset };
                 found = Some((position(transaction.start), position(transaction.end)));
             }
@@ -125,9 +133,10 @@ pub async fn find_transaction(
 struct Cutter {
     target: Target,
     /// Of a target that is one.
-    transaction: Option<(Gtid, bool)>,
+    transaction: Option<(TransactionId, bool)>,
     end: End,
     transactions: u64,
+    nameless: u64,
     /// The target's last transaction was passed.
     is_cut: bool,
     /// The first transaction that was left out, with its time.
@@ -135,47 +144,50 @@ struct Cutter {
 }
 
 impl Cutter {
-    fn new(target: &Target, number: u64, offset: u64, state: GtidState) -> Result<Cutter> {
+    fn new(product: Product, target: &Target, number: u64, offset: u64, state: LogState) -> Result<Cutter> {
         let transaction = match target {
-            Target::Transaction { id, included } => Some((Gtid::parse(id)?, *included)),
+            Target::Transaction { id, included } => Some((product.parse_id(id)?, *included)),
             _ => None,
         };
         let end = End { number, offset, state, last_commit_at: None };
         let is_cut = matches!(target, Target::Backup(_));
-        Ok(Cutter { target: target.clone(), transaction, end, transactions: 0, is_cut, left_out: None })
+        Ok(Cutter { target: target.clone(), transaction, end, transactions: 0, nameless: 0, is_cut, left_out: None })
     }
 
     /// Takes the next transaction of file `number`.
-    fn add(&mut self, number: u64, transaction: Transaction) {
+    fn add(&mut self, number: u64, transaction: Transaction) -> Result<()> {
         if self.is_cut {
-            return;
+            return Ok(());
         }
-        let is_wanted = self.transaction.is_some_and(|(gtid, _)| gtid == transaction.gtid);
+        let is_wanted = self.transaction.is_some_and(|(id, _)| id == transaction.id);
         let is_beyond = match &self.target {
             Target::Transaction { included, .. } => is_wanted && !included,
-            // Whole seconds: whatever began in the second of the target was not committed by it.
-            Target::Time(at) => i64::from(transaction.at_seconds) >= at.as_second(),
+            Target::Time(at) => transaction.is_beyond(*at),
             Target::Position(position) => Position::File { number, offset: transaction.end } > *position,
             _ => false,
         };
         if is_beyond {
             (self.is_cut, self.left_out) = (true, Some(transaction));
-            return;
+            return Ok(());
         }
         self.transactions += 1;
+        self.nameless += u64::from(transaction.id == TransactionId::Anonymous);
         (self.end.number, self.end.offset) = (number, transaction.end);
-        self.end.state.advance(transaction.gtid);
-        let at = Timestamp::from_second(i64::from(transaction.at_seconds)).ok();
-        self.end.last_commit_at = self.end.last_commit_at.max(at);
+        self.end.state.advance(transaction.id)?;
+        self.end.last_commit_at = self.end.last_commit_at.max(Some(transaction.at));
         self.is_cut = is_wanted;
+        Ok(())
     }
 }
 
 /// See the module.
 pub struct Feed {
     logs: Arc<dyn LogSource>,
+    product: Product,
     data_dir: PathBuf,
     cutter: Cutter,
+    /// What the copy has without the log.
+    base: LogState,
     /// The next file, and where in it replay begins.
     number: u64,
     offset: u64,
@@ -188,9 +200,16 @@ pub struct Feed {
 }
 
 impl Feed {
-    /// Refuses a target that lies before the backup.
-    pub async fn new(logs: Arc<dyn LogSource>, site: &CloneSite, target: &Target, state: GtidState) -> Result<Feed> {
-        let (number, offset) = site.backup_start.file()?;
+    /// Of a copy that has everything up to `start`, which is `state`. Refuses a target that lies before the backup.
+    pub async fn new(
+        logs: Arc<dyn LogSource>,
+        product: Product,
+        site: &CloneSite,
+        target: &Target,
+        start: (u64, u64),
+        state: LogState,
+    ) -> Result<Feed> {
+        let (number, offset) = start;
         match target {
             Target::Position(position) => {
                 position.file().map_err(|error| error.with_kind(Kind::BadInput))?;
@@ -199,7 +218,7 @@ impl Feed {
                 }
             }
             Target::Lsn(_) | Target::Name(_) => {
-                return Err(Error::new(Kind::BadInput, format!("'{target}' is no target in the log of MariaDB"))
+                return Err(Error::new(Kind::BadInput, format!("'{target}' is no target in a binary log"))
                     .hint("choose a time, a file and offset, a GTID, a backup, or latest"));
             }
             Target::Latest | Target::Time(_) | Target::Backup(_) | Target::Transaction { .. } => {}
@@ -213,17 +232,19 @@ impl Feed {
             }
             next += 1;
         }
-        let cutter = Cutter::new(target, number, offset, state)?;
+        let cutter = Cutter::new(product, target, number, offset, state.clone())?;
         let is_over = cutter.is_cut;
         Ok(Feed {
             logs,
+            product,
             data_dir: site.data_dir.clone(),
             cutter,
+            base: state,
             number,
             offset,
             batches: 0,
             total_bytes: total_bytes.saturating_sub(offset),
-            start: (number, offset),
+            start,
             log_end: site.backup_start,
             is_over,
         })
@@ -245,10 +266,12 @@ impl Feed {
             base,
             files: Vec::new(),
             first_number: self.number,
-            start_offset: self.offset.max(4),
+            first_offset: self.offset.max(FIRST_EVENT_AT),
             bytes: 0,
             transactions: self.cutter.transactions,
-            end_state: GtidState::default(),
+            nameless: self.cutter.nameless,
+            bytes_to_end: 0,
+            end_state: self.cutter.end.state.clone(),
         };
         while !self.is_over && batch.bytes < BATCH_BYTES {
             let name = log_name(self.number);
@@ -257,7 +280,10 @@ impl Feed {
                 break;
             };
             let placed = self.place_file(&name, bytes, &batch, user, cancel).await?;
-            batch.bytes += placed.bytes.saturating_sub(self.offset);
+            if self.cutter.end.number == self.number {
+                batch.bytes_to_end = batch.bytes + self.cutter.end.offset.saturating_sub(self.offset);
+            }
+            batch.bytes += placed.bytes.saturating_sub(placed.start);
             batch.files.push(placed);
             // What follows an unfinished file in the repository does not follow it in the log: something is missing.
             let is_whole = self.logs.is_sealed(&name).await?;
@@ -276,6 +302,7 @@ impl Feed {
         let (user, path) = (user.clone(), self.data_dir.join(format!("{}.index", batch.base)));
         run_blocking("relay log index", move || write_owned(&user, &path, index.as_bytes())).await?;
         batch.transactions = self.cutter.transactions - batch.transactions;
+        batch.nameless = self.cutter.nameless - batch.nameless;
         batch.end_state = self.cutter.end.state.clone();
         Ok(Some(batch))
     }
@@ -311,26 +338,28 @@ impl Feed {
             return Err(Error::new(Kind::NotFound, format!("log file '{name}' ends before the backup does"))
                 .hint("the archive has lost log of the backup; use another backup"));
         }
+        let (head, gap) = self.head_and_gap(name).await.context(what)?;
         let mut walker = Walker::new();
         let mut at = 0;
         while at < bytes && !self.cutter.is_cut {
             if cancel.is_cancelled() {
                 return Err(Error::new(Kind::Cancelled, "replay was cancelled"));
             }
-            if self.offset > START_BYTES && at == START_BYTES {
+            if self.offset > head && at == head {
                 at = self.offset;
                 walker = walker.resumed_at(at);
                 // Nothing may have been written since the backup.
                 continue;
             }
-            let limit = if at < self.offset { self.offset.min(START_BYTES) } else { bytes };
+            let limit = if at < self.offset { head } else { bytes };
             let wanted = usize::try_from(limit - at).unwrap_or(PIECE_BYTES).min(PIECE_BYTES);
             let piece = self.logs.read(name, at, wanted).await?;
             if piece.is_empty() {
                 return Err(Error::new(Kind::Damaged, format!("{}: it is shorter than it was said to be", what())));
             }
             let is_readable = self.walk(&mut walker, &piece, at).context(what)?;
-            let (file, from, count) = (file.clone(), at, piece.len() as u64);
+            let from = if at < self.offset { at } else { at - gap };
+            let (file, count) = (file.clone(), piece.len() as u64);
             run_blocking("relay log", move || file.write_all_at(&piece, from).context(|| "cannot write a relay log"))
                 .await
                 .context(what)?;
@@ -350,8 +379,34 @@ impl Feed {
             }
             false => walker.boundary().max(self.offset),
         };
+        let end = end.saturating_sub(gap);
         run_blocking("relay log", move || file.set_len(end).context(|| "cannot cut a relay log")).await?;
-        Ok(Placed { name: placed, bytes: end })
+        Ok(Placed { name: placed, bytes: end, start: self.offset.max(FIRST_EVENT_AT) - gap })
+    }
+
+    async fn event_at(&self, name: &str, offset: u64) -> Result<Option<EventHeader>> {
+        Ok(EventHeader::parse(&self.logs.read(name, offset, HEADER_BYTES).await?))
+    }
+
+    /// How many bytes of the start of the next file are copied before the place where replay begins, and how many between
+    /// the two do not count. MySQL ends the newest relay log where it cannot read on (`sql/rpl_relay_log_sanitizer.cc`),
+    /// so there what is left out is no hole: the description of the format and the list of GTIDs are followed by what is replayed.
+    async fn head_and_gap(&self, name: &str) -> Result<(u64, u64)> {
+        if self.product == Product::MariaDb || self.offset <= FIRST_EVENT_AT {
+            return Ok((self.offset.min(START_BYTES), 0));
+        }
+        let format = self.event_at(name, FIRST_EVENT_AT).await?;
+        let format = format.filter(|header| header.kind == event_type::FORMAT_DESCRIPTION);
+        let format = format.ok_or_else(|| Error::new(Kind::Damaged, "its first event does not describe its format"))?;
+        let mut head = FIRST_EVENT_AT + u64::from(format.bytes);
+        // Without the list that stands behind it the server takes the file for corrupt.
+        if let Some(list) =
+            self.event_at(name, head).await?.filter(|list| list.kind == event_type::MYSQL_PREVIOUS_GTIDS)
+        {
+            head += u64::from(list.bytes);
+        }
+        let head = head.min(self.offset);
+        Ok((head, self.offset - head))
     }
 
     /// Walks the next piece. Says whether the file goes on as a binary log: what a crash of the source's host left
@@ -364,19 +419,10 @@ impl Feed {
         // Compared before a transaction of the file is counted: the list stands in front of them all.
         let expected = cutter.end.state.clone();
         let walked = walker.feed(piece, &mut |transaction| {
-            if !before_start && transaction.start >= offset {
-                cutter.add(number, transaction);
-            }
-            Ok(())
+            if !before_start && transaction.start >= offset { cutter.add(number, transaction) } else { Ok(()) }
         });
         if let Some(found) = walker.first_state().filter(|_| !had_state && offset == 0 && number != self.start.0) {
-            found.require_within(&expected).map_err(|(found, expected)| {
-                Error::new(
-                    Kind::Damaged,
-                    format!("it begins after transaction '{found}', and the file before it ends with '{expected}'"),
-                )
-                .hint("log is missing between the two, or the server was given another state; take a new backup")
-            })?;
+            found.require_follows(&expected, &self.base)?;
         }
         match walked {
             Ok(()) => Ok(true),
@@ -394,12 +440,9 @@ impl Feed {
             // the backup ended before the target, or it would not have been chosen.
             return Ok(cutter.end);
         }
-        if let (Some((gtid, _)), false) = (cutter.transaction, cutter.is_cut) {
-            return Err(Error::new(
-                Kind::NotFound,
-                format!("transaction '{gtid}' is not in the log behind the backup"),
-            )
-            .hint("choose an earlier backup, or another transaction"));
+        if let (Some((id, _)), false) = (cutter.transaction, cutter.is_cut) {
+            return Err(Error::new(Kind::NotFound, format!("transaction '{id}' is not in the log behind the backup"))
+                .hint("choose an earlier backup, or another transaction"));
         }
         if let (Target::Position(position), false) = (&cutter.target, cutter.is_cut)
             && self.log_end < *position

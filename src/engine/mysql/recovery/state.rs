@@ -11,8 +11,10 @@ use super::feed::End;
 use super::stage_again;
 use crate::base::child::boot_id;
 use crate::base::durable::{remove_file_durable, write_file_durable};
-use crate::engine::mysql::ondisk::gtid::GtidState;
+use crate::engine::mysql::ondisk::transaction::LogState;
+use crate::engine::mysql::product::Product;
 use crate::error::{Context, Error, Kind, Result};
+use crate::model::engine_kind::EngineKind;
 
 /// In place of the boot id: no restart of the machine loses anything.
 const DURABLE: &str = "durable";
@@ -80,7 +82,17 @@ impl RecoveryState {
         let target = self.target.replace('\n', " ");
         let mut text = format!("boot_id={}\ntarget={target}\nphase={phase}\n", self.boot_id);
         if let Some(end) = &self.end {
-            text += &format!("number={}\noffset={}\nstate={}\n", end.number, end.offset, end.state);
+            let product = match end.state {
+                LogState::MariaDb(_) => Product::MariaDb,
+                LogState::MySql(_) => Product::MySql,
+            };
+            text += &format!(
+                "product={}\nnumber={}\noffset={}\nstate={}\n",
+                product.kind().name(),
+                end.number,
+                end.offset,
+                end.state
+            );
             if let Some(time) = end.last_commit_at {
                 text += &format!("last_commit_at={time}\n");
             }
@@ -91,12 +103,15 @@ impl RecoveryState {
     fn parse(text: &str) -> Option<RecoveryState> {
         let body = text.strip_suffix("complete\n")?;
         let values: BTreeMap<&str, &str> = body.lines().filter_map(|line| line.split_once('=')).collect();
+        // Those of earlier versions are all of MariaDB and do not say so.
+        let kind = EngineKind::parse(values.get("product").copied().unwrap_or("mariadb")).ok()?;
+        let product = Product::of_kind(kind).ok()?;
         let end = match values.get("number") {
             None => None,
             Some(number) => Some(End {
                 number: number.parse().ok()?,
                 offset: values.get("offset")?.parse().ok()?,
-                state: GtidState::parse(values.get("state")?).ok()?,
+                state: product.parse_state(values.get("state")?).ok()?,
                 last_commit_at: match values.get("last_commit_at") {
                     None => None,
                     Some(time) => Some(time.parse().ok()?),
@@ -157,14 +172,17 @@ mod tests {
     fn the_state_reads_back_as_saved_and_a_torn_one_is_damaged() {
         let directory = tempfile::tempdir().unwrap();
         assert_eq!(RecoveryState::load(directory.path()).unwrap(), None);
-        let end = End {
+        let end = |product: Product, state: &str| End {
             number: 12,
             offset: 4567,
-            state: GtidState::parse("0-5-9,1-2-3").unwrap(),
+            state: product.parse_state(state).unwrap(),
             last_commit_at: Some("2026-11-21T09:59:00Z".parse().unwrap()),
         };
+        let mysql = end(Product::MySql, "3e11fa47-71ca-11e1-9e33-c80aa9429562:1-5:tag:3");
+        let end = end(Product::MariaDb, "0-5-9,1-2-3");
         for (phase, _) in PHASES {
-            for end in [None, Some(end.clone()), Some(End { last_commit_at: None, ..end.clone() })] {
+            for end in [None, Some(mysql.clone()), Some(end.clone()), Some(End { last_commit_at: None, ..end.clone() })]
+            {
                 let state = RecoveryState { boot_id: "b".into(), target: "2026=x".into(), phase, end };
                 state.save(directory.path()).unwrap();
                 assert_eq!(RecoveryState::load(directory.path()).unwrap(), Some(state));

@@ -94,21 +94,90 @@ fn transactions_end_where_the_server_ends_them() {
     let (outcome, found, walker) = walk(&bytes, usize::MAX);
     outcome.unwrap();
     assert_eq!(found.iter().map(|transaction| transaction.end).collect::<Vec<_>>(), ends);
-    assert_eq!(found.iter().map(|transaction| transaction.at_seconds).collect::<Vec<_>>(), [10, 13, 14, 15]);
-    assert_eq!(found[1].gtid.to_string(), "3-7-2");
+    assert_eq!(found.iter().map(|transaction| transaction.at.as_second()).collect::<Vec<_>>(), [10, 13, 14, 15]);
+    assert_eq!(found[1].id.to_string(), "3-7-2");
     assert_eq!(found[1].start, ends[0]);
     assert_eq!((walker.event_end(), walker.boundary()), (bytes.len() as u64, bytes.len() as u64));
-    assert_eq!(walker.first_state(), Some(&GtidState::default()));
+    assert_eq!(walker.first_state(), Some(&LogState::MariaDb(Default::default())));
 }
 
 #[test]
-fn a_log_that_is_encrypted_or_of_mysql_is_refused_by_name() {
-    for (kind, word) in [(event_type::START_ENCRYPTION, "encrypted"), (event_type::MYSQL_GTID, "MySQL")] {
-        let mut log = Forge::new();
-        log.event(kind, 1, &[0; 30]);
-        let error = walk(&log.0, 100).0.unwrap_err();
+fn a_log_that_is_encrypted_is_refused_by_name() {
+    let mut log = Forge::new();
+    log.event(event_type::START_ENCRYPTION, 1, &[0; 30]);
+    let mysql = [&ENCRYPTED_MAGIC[..], &[7; 600]].concat();
+    for bytes in [log.0, mysql] {
+        let error = walk(&bytes, 100).0.unwrap_err();
         assert_eq!(error.kind(), Kind::Unsupported);
-        assert!(error.message().contains(word), "{error}");
+        assert!(error.message().contains("encrypted"), "{error}");
+    }
+}
+
+const UUID: [u8; 16] = *b"ABCDEFGHIJKLMNOP";
+
+impl Forge {
+    /// The event that begins a transaction of MySQL whose other events take so many bytes.
+    fn mysql_gtid(&mut self, sequence: u64, at_microseconds: u64, rest: u64) {
+        let kind = if sequence == 0 { event_type::MYSQL_ANONYMOUS_GTID } else { event_type::MYSQL_GTID };
+        let mut body = vec![0];
+        body.extend(UUID);
+        body.extend(sequence.to_le_bytes());
+        body.extend([2; 17]);
+        body.extend(&at_microseconds.to_le_bytes()[..7]);
+        let own = (HEADER_BYTES + body.len() + 9 + 4 + CHECKSUM_BYTES) as u64;
+        body.push(254);
+        body.extend(own.wrapping_add(rest).to_le_bytes());
+        body.extend([0; 4]);
+        self.event(kind, 5, &body);
+    }
+}
+
+const OTHER_EVENT_BYTES: u64 = (HEADER_BYTES + 8 + CHECKSUM_BYTES) as u64;
+
+fn mysql_sample() -> (Vec<u8>, Vec<u64>) {
+    let mut log = Forge::new();
+    let mut ends = Vec::new();
+    log.event(event_type::MYSQL_PREVIOUS_GTIDS, 1, &[0; 8]);
+    log.mysql_gtid(1, 7_000_001, 2 * OTHER_EVENT_BYTES);
+    log.event(event_type::QUERY, 1, &[0; 8]);
+    log.event(event_type::XID, 1, &[0; 8]);
+    ends.push(log.0.len() as u64);
+    // Compressed: one event, in which nothing is looked at, even if it looks like the end of the file.
+    log.mysql_gtid(2, 8_000_000, OTHER_EVENT_BYTES);
+    log.event(40, 1, &[4; 8]);
+    ends.push(log.0.len() as u64);
+    log.mysql_gtid(0, 9_000_000, OTHER_EVENT_BYTES);
+    log.event(event_type::QUERY, 1, &[0; 8]);
+    ends.push(log.0.len() as u64);
+    log.event(event_type::ROTATE, 16, &[0; 8]);
+    (log.0, ends)
+}
+
+#[test]
+fn transactions_of_mysql_end_where_their_length_says_with_their_time_in_microseconds() {
+    let (bytes, ends) = mysql_sample();
+    let (outcome, found, walker) = walk(&bytes, 7);
+    outcome.unwrap();
+    assert_eq!(found.iter().map(|transaction| transaction.end).collect::<Vec<_>>(), ends);
+    let times: Vec<i64> = found.iter().map(|transaction| transaction.at.as_microsecond()).collect();
+    assert_eq!(times, [7_000_001, 8_000_000, 9_000_000]);
+    assert_eq!(found[1].id.to_string(), "41424344-4546-4748-494a-4b4c4d4e4f50:2");
+    assert_eq!((found[2].id, found[1].start), (TransactionId::Anonymous, ends[0]));
+    assert_eq!(walker.first_state(), Some(&LogState::MySql(Default::default())));
+    assert_eq!(walker.boundary(), bytes.len() as u64);
+}
+
+#[test]
+fn a_length_that_lies_is_damage_and_no_transaction() {
+    for rest in [OTHER_EVENT_BYTES - 1, OTHER_EVENT_BYTES + 1, u64::MAX / 2, u64::MAX - 10] {
+        let mut log = Forge::new();
+        let start = log.0.len() as u64;
+        log.mysql_gtid(1, 1, rest);
+        log.event(event_type::QUERY, 1, &[0; 8]);
+        log.event(event_type::QUERY, 1, &[0; 8]);
+        let (outcome, found, walker) = walk(&log.0, 1000);
+        assert_eq!((found.len(), walker.boundary()), (0, start), "{rest}");
+        assert!(outcome.is_err() || rest > 1 << 40, "{rest}");
     }
 }
 
