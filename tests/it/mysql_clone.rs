@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
-use std::io::Write;
+use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -12,11 +12,10 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use jiff::Timestamp;
 use keiki::engine::mysql::clone::{ACCOUNT, PASSWORD_FILE, SOCKET_FILE};
-use keiki::engine::mysql::product::Product;
 use keiki::engine::mysql::server::stop_now;
 use keiki::engine::mysql::session::{Endpoint, Session};
 use keiki::engine::mysql::source::read_password;
-use keiki::engine::mysql::{MySqlCloner, MySqlEngine};
+use keiki::engine::mysql::{MariaDbCloner, MariaDbEngine};
 use keiki::engine::{
     AcceptedClone, BaseLane, BaseSink, BaseSpan, CloneEngine, CloneSite, Engine, LogSource, Progress, Recovered,
 };
@@ -31,6 +30,7 @@ use tokio_util::sync::CancellationToken;
 use crate::support::mariadb::{MariaServer, own};
 use crate::support::postgres::free_port;
 
+mod bench;
 mod log;
 mod replay;
 
@@ -123,9 +123,11 @@ impl LogSource for Archive {
     }
 
     async fn read(&self, name: &str, from: u64, max_bytes: usize) -> Result<Bytes> {
-        let bytes = std::fs::read(self.0.join(name)).context(|| format!("cannot read '{name}'"))?;
-        let from = usize::try_from(from).unwrap_or(usize::MAX).min(bytes.len());
-        Ok(Bytes::copy_from_slice(&bytes[from..from.saturating_add(max_bytes).min(bytes.len())]))
+        let mut file = File::open(self.0.join(name)).context(|| format!("cannot read '{name}'"))?;
+        file.seek(SeekFrom::Start(from)).unwrap();
+        let mut bytes = Vec::new();
+        file.take(max_bytes as u64).read_to_end(&mut bytes).unwrap();
+        Ok(Bytes::from(bytes))
     }
 }
 
@@ -139,7 +141,7 @@ impl Progress for Quiet {
 /// A source with a ledger, a base and its archive.
 pub struct Source {
     pub server: MariaServer,
-    pub engine: MySqlEngine,
+    pub engine: MariaDbEngine,
     pub archive: Archive,
     pub base: DirectorySink,
     pub span: Option<BaseSpan>,
@@ -149,7 +151,7 @@ pub struct Source {
 impl Source {
     pub async fn start(arguments: &[&str]) -> Source {
         let server = MariaServer::start(arguments);
-        let engine = MySqlEngine::new(server.source("orders"));
+        let engine = MariaDbEngine::new(server.source("orders"));
         let session = server.connect().await;
         for sql in [
             "CREATE DATABASE shop",
@@ -224,7 +226,7 @@ impl Source {
 /// A clone being grown from a source.
 pub struct Clone {
     pub site: CloneSite,
-    pub cloner: MySqlCloner,
+    pub cloner: MariaDbCloner,
     _root: tempfile::TempDir,
 }
 
@@ -256,8 +258,7 @@ impl Clone {
             backup_stop: span.stop,
             archive_command: String::new(),
         };
-        let clone =
-            Clone { site, cloner: MySqlCloner { product: Product::MariaDb, default_bin_dir: None }, _root: root };
+        let clone = Clone { site, cloner: MariaDbCloner::default(), _root: root };
         let files = source.base.files.lock().unwrap().clone();
         for markers in [false, true] {
             for meta in files.iter().filter(|meta| clone.cloner.is_marker(&meta.path) == markers) {
