@@ -27,7 +27,7 @@ build: ## build the optimised binary
 	@echo "built '$(TARGET_DIR)/release/keiki'"
 
 .PHONY: test
-test: install-test-servers lint run-tests story-postgres story-mariadb story-redis story-valkey story-s3 ## install what tests need, then lint, every test and the stories
+test: install-test-servers lint run-tests story-postgres story-mariadb story-mysql story-redis story-valkey story-s3 ## install what tests need, then lint, every test and the stories
 
 .PHONY: install-test-servers
 install-test-servers: ## install the compiler and the servers that tests need
@@ -48,10 +48,10 @@ lint: ## formatting, clippy without warnings, and what the dependencies may be
 run-tests: install-test-servers ## every test but the stories
 	@$(WITH_SERVERS) \
 	if $(CARGO) nextest --version >/dev/null 2>&1; then \
-		$(CARGO) nextest run --locked --no-fail-fast -E 'not test(/(^|::)story_(postgres|mariadb|redis|valkey|s3)/)'; \
+		$(CARGO) nextest run --locked --no-fail-fast -E 'not test(/(^|::)story_(postgres|mariadb|mysql|redis|valkey|s3)/)'; \
 		$(CARGO) test --locked --quiet --doc; \
 	else \
-		$(CARGO) test --locked --no-fail-fast -- --skip story_postgres --skip story_mariadb --skip story_redis --skip story_valkey --skip story_s3; \
+		$(CARGO) test --locked --no-fail-fast -- --skip story_postgres --skip story_mariadb --skip story_mysql --skip story_redis --skip story_valkey --skip story_s3; \
 	fi
 
 # A story that is not there would pass in silence, so it is looked for first.
@@ -61,10 +61,12 @@ TELL = @$(WITH_SERVERS) \
 		{ echo "error: tests/it has no test called '$(subst -,_,$@)'" >&2; exit 1; }; \
 	$(CARGO) test --locked --test it $(subst -,_,$@) -- --nocapture --test-threads=1
 
-.PHONY: story-postgres story-mariadb story-redis story-valkey story-s3
+.PHONY: story-postgres story-mariadb story-mysql story-redis story-valkey story-s3
 story-postgres: install-test-servers ## the ledger: clones to many moments, each row checked, on every PostgreSQL
 	$(TELL)
 story-mariadb: install-test-servers ## the ledger on MariaDB 10.11 and 11.8: clones to many moments, each row checked
+	$(TELL)
+story-mysql: install-test-servers ## the ledger on MySQL 9.7: clones to many moments, each row checked
 	$(TELL)
 story-redis: install-test-servers ## the ledger on Redis: clones to many moments, each key compared by DUMP
 	$(TELL)
@@ -87,8 +89,8 @@ rpm: build ## build the RPM package (needs rpmbuild)
 	packaging/package.sh rpm
 
 .PHONY: demo
-demo: install-test-servers ## two agents, a PostgreSQL, a dropped table, and a clone of the second before; or ENGINE=mariadb, ENGINE=redis
-	@case '$(ENGINE)' in postgres|mariadb|redis) ;; *) echo "error: there is no demo of engine '$(ENGINE)'" >&2; exit 2 ;; esac
+demo: install-test-servers ## two agents, a PostgreSQL, a dropped table, and a clone of the second before; or ENGINE=mariadb, mysql, redis
+	@case '$(ENGINE)' in postgres|mariadb|mysql|redis) ;; *) echo "error: there is no demo of engine '$(ENGINE)'" >&2; exit 2 ;; esac
 	@$(CARGO) build --locked --quiet
 	@$(WITH_SERVERS) KEIKI="$(TARGET_DIR)/debug/keiki" packaging/demo$(patsubst %,-%,$(filter-out postgres,$(ENGINE))).sh
 

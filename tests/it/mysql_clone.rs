@@ -12,10 +12,11 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use jiff::Timestamp;
 use keiki::engine::mysql::clone::{ACCOUNT, PASSWORD_FILE, SOCKET_FILE};
+use keiki::engine::mysql::product::Product;
 use keiki::engine::mysql::server::stop_now;
 use keiki::engine::mysql::session::{Endpoint, Session};
 use keiki::engine::mysql::source::read_password;
-use keiki::engine::mysql::{MariaDbCloner, MariaDbEngine};
+use keiki::engine::mysql::{MySqlCloner, MySqlEngine};
 use keiki::engine::{
     AcceptedClone, BaseLane, BaseSink, BaseSpan, CloneEngine, CloneSite, Engine, LogSource, Progress, Recovered,
 };
@@ -141,7 +142,7 @@ impl Progress for Quiet {
 /// A source with a ledger, a base and its archive.
 pub struct Source {
     pub server: MariaServer,
-    pub engine: MariaDbEngine,
+    pub engine: MySqlEngine,
     pub archive: Archive,
     pub base: DirectorySink,
     pub span: Option<BaseSpan>,
@@ -151,7 +152,7 @@ pub struct Source {
 impl Source {
     pub async fn start(arguments: &[&str]) -> Source {
         let server = MariaServer::start(arguments);
-        let engine = MariaDbEngine::new(server.source("orders"));
+        let engine = MySqlEngine::new(server.source("orders"));
         let session = server.connect().await;
         for sql in [
             "CREATE DATABASE shop",
@@ -226,7 +227,7 @@ impl Source {
 /// A clone being grown from a source.
 pub struct Clone {
     pub site: CloneSite,
-    pub cloner: MariaDbCloner,
+    pub cloner: MySqlCloner,
     _root: tempfile::TempDir,
 }
 
@@ -258,7 +259,8 @@ impl Clone {
             backup_stop: span.stop,
             archive_command: String::new(),
         };
-        let clone = Clone { site, cloner: MariaDbCloner::default(), _root: root };
+        let clone =
+            Clone { site, cloner: MySqlCloner { product: Product::MariaDb, default_bin_dir: None }, _root: root };
         let files = source.base.files.lock().unwrap().clone();
         for markers in [false, true] {
             for meta in files.iter().filter(|meta| clone.cloner.is_marker(&meta.path) == markers) {

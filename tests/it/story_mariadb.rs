@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::support::hosts::{Host, HostOptions, Lab, free_port, wait_for};
 use super::support::mariadb::{MariaServer, Release};
-use super::support::sql_ledger::{self, BULK_ROWS, Product};
+use super::support::sql_ledger::{self, BULK_ROWS, Product, Rival};
 
 #[test]
 fn story_mariadb_10_11_every_row_is_there_exactly_if_it_was_committed_by_then() {
@@ -47,7 +47,18 @@ async fn story(release: Release, arguments: &[&str], times: usize) -> (usize, Ve
     let b = Host::start(&lab, &options("b", "peer://a".into(), vec![("a", port_a)], source.clone_section(), port_b));
     wait_for("archiving to begin", Duration::from_secs(60), || a.instance("orders")["state"] == "archiving");
 
-    sql_ledger::run(&lab, &a, &b, &source.endpoint(), &product(times)).await
+    let rival = Rival {
+        // Of the newer release, because its programs are there wherever tests run.
+        log_reader: Release::V11_8.program("mariadb-binlog"),
+        client: Release::V11_8.program("mariadb"),
+        // A socket of the older release offers none.
+        client_arguments: vec!["--skip-ssl", "--max-allowed-packet=1G"],
+        source_data_dir: source.data_dir.clone(),
+        log_base: "binlog".to_string(),
+        // The large transaction comes as one statement.
+        preparation: vec!["SET GLOBAL innodb_flush_log_at_trx_commit = 0", "SET GLOBAL max_allowed_packet = 1 << 30"],
+    };
+    sql_ledger::run_against(&lab, &a, &b, &source.endpoint(), &product(times), Some(&rival)).await
 }
 
 fn product(times: usize) -> Product {

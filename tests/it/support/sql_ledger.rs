@@ -19,8 +19,11 @@ use super::hosts::{Host, Lab, free_port};
 use super::postgres::server_user;
 
 mod pulse;
+mod rival;
 
 use pulse::Pulse;
+pub use rival::Rival;
+use rival::Stretch;
 
 /// The SQL in which the products differ.
 pub struct Product {
@@ -71,12 +74,32 @@ struct Trial {
     moment: Moment,
     /// What `CHECKSUM TABLE` said of each table on the source at that moment, where it was asked.
     sums: Option<BTreeMap<String, String>>,
+    /// Measured with its clone.
+    contest: Option<Contest>,
+}
+
+/// What a clone is good for beside being compared.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Contest {
+    /// It replays nothing, and so others may replay this into it.
+    Rival(Stretch),
+    /// It replays the same.
+    Keiki,
+}
+
+/// What a clone was found to be.
+struct Looked {
+    rows: usize,
+    /// How long its replay took, with all that belongs to its step.
+    recover: Duration,
+    /// How long the rival's replay took.
+    rival: Option<Duration>,
 }
 
 impl Trial {
     fn new(title: String, arguments: &[&str], moment: Moment) -> Trial {
         let arguments = arguments.iter().map(|argument| argument.to_string()).collect();
-        Trial { title, arguments, moment, sums: None }
+        Trial { title, arguments, moment, sums: None, contest: None }
     }
 }
 
@@ -92,22 +115,43 @@ struct Noted {
 /// Writes history into the instance `orders` of host a, makes clones of it on host b, and compares them: how many were
 /// exact, and what was wrong with the others.
 pub async fn run(lab: &Lab, a: &Host, b: &Host, source: &Endpoint, product: &Product) -> (usize, Vec<String>) {
+    run_against(lab, a, b, source, product, None).await
+}
+
+/// The same, and says how much faster keiki's replay was than another.
+pub async fn run_against(
+    lab: &Lab,
+    a: &Host,
+    b: &Host,
+    source: &Endpoint,
+    product: &Product,
+    rival: Option<&Rival>,
+) -> (usize, Vec<String>) {
     let (rows, trials) = write_history(a, source, product).await;
     println!("{} transactions committed by {WRITERS} writers; {} clones to be made", rows.len(), trials.len());
     let (mut passed, mut failures) = (0, Vec::new());
+    // How long the step took at least, which is what it takes without replay, the one that replays the stretch, and the rival.
+    let (mut idle, mut keiki, mut other) = (Duration::MAX, None, None);
     for (number, trial) in trials.iter().enumerate() {
         let began = Instant::now();
-        match clone_and_compare(lab, a, b, number, trial, &rows).await {
+        match clone_and_compare(lab, a, b, number, trial, &rows, rival).await {
             Ok(found) => {
                 passed += 1;
                 let sums = if trial.sums.is_some() { ", checksums equal" } else { "" };
-                println!("pass  {:44} {found} rows{sums}, {:.1} s", trial.title, began.elapsed().as_secs_f64());
+                let took = began.elapsed().as_secs_f64();
+                println!("pass  {:44} {} rows{sums}, {took:.1} s", trial.title, found.rows);
+                idle = idle.min(found.recover);
+                other = other.or(found.rival);
+                keiki = keiki.or((trial.contest == Some(Contest::Keiki)).then_some(found.recover));
             }
             Err(complaint) => {
                 println!("FAIL  {:44} {complaint}", trial.title);
                 failures.push(format!("{}: {complaint}", trial.title));
             }
         }
+    }
+    if let (Some(rival), Some(keiki), Some(other)) = (rival, keiki, other) {
+        failures.extend(rival.verdict(keiki.saturating_sub(idle), other).err());
     }
     for host in [a, b] {
         let peak = host.peak_memory_bytes();
@@ -135,7 +179,7 @@ async fn write_history(a: &Host, source: &Endpoint, product: &Product) -> (Vec<R
     let ledger = Ledger::start(source, product.last_gtid).await;
     let pulse = Pulse::start(source).await;
     ledger.grow(100).await;
-    let first_backup = backup_trial(a, &pulse, "first backup set").await;
+    let (mut first_backup, backup_start) = backup_trial(a, &pulse, "first backup set").await;
     let began = Timestamp::now();
     ledger.grow(100).await;
     let early = note(&ledger, &control, product).await;
@@ -157,12 +201,14 @@ async fn write_history(a: &Host, source: &Endpoint, product: &Product) -> (Vec<R
     let rows = ledger.stop().await;
     println!("{}", pulse.stop().await);
 
+    // Of the log between them the large transaction is the most.
+    first_backup.contest = Some(Contest::Rival(Stretch::parse(&backup_start, &middle.position)));
     let mut trials = vec![first_backup];
     for time in random_times(began, ended, product) {
         trials.push(Trial::new(format!("time {time}"), &["--at", &time.to_string()], Moment::Time(time)));
     }
     let position = middle.position.clone();
-    trials.push(middle.trial("--position", &position));
+    trials.push(Trial { contest: Some(Contest::Keiki), ..middle.trial("--position", &position) });
     let (first, gtid) = (early.sequence, early.gtid.clone());
     trials.push(early.trial("--gtid", &gtid));
     // What comes right after the moment is the first that is not to be there.
@@ -227,18 +273,20 @@ async fn checksums(session: &Session) -> Result<BTreeMap<String, String>, String
     Ok(sums)
 }
 
-/// Takes a backup; its clone must hold what was committed before it began and nothing that began after it ended.
-async fn backup_trial(a: &Host, pulse: &Pulse, title: &str) -> Trial {
+/// Takes a backup; its clone must hold what was committed before it began and nothing that began after it ended. Also
+/// where in the log it begins.
+async fn backup_trial(a: &Host, pulse: &Pulse, title: &str) -> (Trial, String) {
     let from = Timestamp::now();
     let lock = pulse.during(|| blocking(|| a.keiki_ok(&["backup", "create", "orders"])));
     let to = Timestamp::now();
     let list = a.json(&["backup", "list", "orders"]);
-    let id = list.as_array().unwrap().last().unwrap()["id"].as_str().unwrap().to_string();
+    let text = |key: &str| list.as_array().unwrap().last().unwrap()[key].as_str().unwrap().to_string();
+    let id = text("id");
     let said = blocking(|| a.keiki_ok(&["backup", "show", "orders", &id]));
     let said = said.lines().find_map(|line| line.strip_prefix("lock_seconds ")).map(str::trim);
     let said = said.map_or(String::new(), |seconds| format!("; its program says that it locked for {seconds} s"));
     println!("{title}: {lock}{said}");
-    Trial::new(title.to_string(), &["--backup", &id], Moment::Between(from, to))
+    (Trial::new(title.to_string(), &["--backup", &id], Moment::Between(from, to)), text("start"))
 }
 
 /// The same GTID with another number at its end.
@@ -358,7 +406,8 @@ async fn clone_and_compare(
     number: usize,
     trial: &Trial,
     rows: &[Row],
-) -> Result<usize, String> {
+    rival: Option<&Rival>,
+) -> Result<Looked, String> {
     let (name, port) = (format!("clone-{number}"), free_port().to_string());
     let mut arguments = vec!["--json", "clone", "orders", "--to", "b", "--as", &name, "--port", &port];
     arguments.extend(trial.arguments.iter().map(String::as_str));
@@ -367,7 +416,12 @@ async fn clone_and_compare(
         let said = String::from_utf8_lossy(&output.stderr);
         return Err(format!("{}{said}", String::from_utf8_lossy(&output.stdout)));
     }
-    let looked = look(&lab.path("clones-b").join(format!("{name}.run")), trial.sums.as_ref()).await;
+    let run_dir = lab.path("clones-b").join(format!("{name}.run"));
+    let looked = look(&run_dir, trial.sums.as_ref()).await;
+    let rival = match (rival, trial.contest) {
+        (Some(rival), Some(Contest::Rival(stretch))) => Some(blocking(|| rival.replay(stretch, &run_dir))),
+        _ => None,
+    };
     let archived = b.instance(&name)["state"].clone();
     let removed = blocking(|| b.keiki(&["discard", &name, "--yes"]));
     if !removed.status.success() {
@@ -380,8 +434,19 @@ async fn clone_and_compare(
     let complaints = compare(rows, &found, trial.moment);
     match complaints.first() {
         Some(first) => Err(format!("{} complaints, the first: {first}", complaints.len())),
-        None => Ok(found.len()),
+        None => Ok(Looked { rows: found.len(), recover: recover_time(&output.stdout)?, rival: rival.transpose()? }),
     }
+}
+
+/// How long the step took that replays, as the report of a job says.
+fn recover_time(report: &[u8]) -> Result<Duration, String> {
+    let report: serde_json::Value = serde_json::from_slice(report).map_err(|error| error.to_string())?;
+    let steps = report["steps"].as_array().ok_or_else(|| format!("no steps in {report}"))?;
+    let step =
+        steps.iter().find(|step| step["name"] == "recover").ok_or_else(|| format!("no such step in {report}"))?;
+    let time = |key: &str| step[key].as_str().and_then(|text| text.parse::<Timestamp>().ok());
+    let (began, ended) = time("began_at").zip(time("ended_at")).ok_or_else(|| format!("no times in {step}"))?;
+    Duration::try_from(ended.duration_since(began)).map_err(|error| error.to_string())
 }
 
 /// What a clone holds, after its tables were checked against each other, by the server and by the source's checksums; and
