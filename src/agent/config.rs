@@ -69,6 +69,15 @@ pub struct PeerConfig {
     pub address: String,
 }
 
+/// Where the log of a Redis or Valkey server comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RedisLog {
+    /// Its append-only file.
+    Aof,
+    /// What it sends to its replicas.
+    Replication,
+}
+
 /// How the log of an instance leaves it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ShipMode {
@@ -98,6 +107,8 @@ pub struct InstanceConfig {
     /// The operating system user who runs the server.
     pub run_as: String,
     pub ship: ShipMode,
+    /// Redis and Valkey.
+    pub log: RedisLog,
     pub ship_every: Duration,
     /// How much log the agent's slot may hold back before it is given up.
     pub slot_limit_bytes: u64,
@@ -393,6 +404,7 @@ impl Reader<'_> {
             password_file: raw.password_file.as_ref().map(|path| self.path(path)).transpose()?,
             run_as,
             ship: self.parse_or(&raw.ship, ShipMode::Slot, parse_ship)?,
+            log: self.parse_or(&raw.log, RedisLog::Aof, parse_log)?,
             ship_every: self.parse_or(&raw.ship_every, Duration::from_secs(5), |text| {
                 let every = value::parse_duration(text)?;
                 let allowed = Duration::from_millis(100)..=Duration::from_secs(3600);
@@ -409,15 +421,15 @@ impl Reader<'_> {
 
     /// A key that says nothing about an engine is a mistake and not a wish.
     fn only_keys_of(&self, engine: EngineKind, raw: &raw::RawInstance) -> Result<()> {
-        let others_only = [("socket", &raw.socket), ("password_file", &raw.password_file)];
-        let postgres_only = [("socket_dir", &raw.socket_dir), ("database", &raw.database), ("ship", &raw.ship)];
-        let mysql_only = [("backup_dir", &raw.backup_dir)];
+        let (socket, password_file) = (("socket", &raw.socket), ("password_file", &raw.password_file));
+        let [socket_dir, database, ship] =
+            [("socket_dir", &raw.socket_dir), ("database", &raw.database), ("ship", &raw.ship)];
+        let (log, backup_dir) = (("log", &raw.log), ("backup_dir", &raw.backup_dir));
         let strangers: Vec<(&str, &Option<raw::Text>)> = match engine {
-            EngineKind::MySql => postgres_only.to_vec(),
-            EngineKind::Redis | EngineKind::Valkey | EngineKind::MariaDb => {
-                postgres_only.into_iter().chain(mysql_only).collect()
-            }
-            EngineKind::Postgres | EngineKind::Fake => others_only.into_iter().chain(mysql_only).collect(),
+            EngineKind::Redis | EngineKind::Valkey => vec![socket_dir, database, ship, backup_dir],
+            EngineKind::MariaDb => vec![socket_dir, database, ship, backup_dir, log],
+            EngineKind::MySql => vec![socket_dir, database, ship, log],
+            EngineKind::Postgres | EngineKind::Fake => vec![socket, password_file, backup_dir, log],
         };
         let found = strangers.iter().find_map(|(key, value)| value.as_ref().map(|text| (key, text.span())));
         match found {
@@ -507,6 +519,15 @@ fn parse_ship(text: &str) -> Result<ShipMode> {
         "archive_command" => Ok(ShipMode::ArchiveCommand),
         _ => Err(Error::new(Kind::BadInput, format!("'{text}' is not a way to ship"))
             .hint("write 'slot' (works on a stock server) or 'archive_command'")),
+    }
+}
+
+fn parse_log(text: &str) -> Result<RedisLog> {
+    match text {
+        "aof" => Ok(RedisLog::Aof),
+        "replication" => Ok(RedisLog::Replication),
+        _ => Err(Error::new(Kind::BadInput, format!("'{text}' is not a log of Redis or Valkey"))
+            .hint("write 'aof' (the append-only file) or 'replication' (what the server sends to replicas)")),
     }
 }
 

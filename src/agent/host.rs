@@ -7,7 +7,7 @@ use async_trait::async_trait;
 use jiff::Timestamp;
 use tokio_util::sync::CancellationToken;
 
-use crate::agent::config::{Config, InstanceConfig, ShipMode};
+use crate::agent::config::{Config, InstanceConfig, RedisLog, ShipMode};
 use crate::agent::peers::Peers;
 use crate::agent::repository::RepositoryHandle;
 use crate::agent::supervisor::{Supervisor, Surroundings};
@@ -19,7 +19,7 @@ use crate::engine::mysql::product::Product;
 use crate::engine::mysql::{self, MySqlEngine, MySqlSource};
 use crate::engine::postgres::{self, PostgresEngine, PostgresSource};
 use crate::engine::redis::session::{Address, Endpoint};
-use crate::engine::redis::{RedisEngine, RedisSource};
+use crate::engine::redis::{LogKind, RedisEngine, RedisSource};
 use crate::error::{Error, Kind, Result};
 use crate::job::JobRunner;
 use crate::job::archive::remove_binding;
@@ -270,6 +270,10 @@ fn redis_source(config: &InstanceConfig) -> RedisSource {
             user: (!config.user.is_empty()).then(|| config.user.clone()),
             password_file: config.password_file.clone(),
             ..endpoint
+        },
+        log: match config.log {
+            RedisLog::Aof => LogKind::AppendOnlyFile,
+            RedisLog::Replication => LogKind::ReplicationStream,
         },
         hold_limit_bytes: config.slot_limit_bytes,
     }

@@ -55,7 +55,7 @@ fn at_rest(config: &InstanceConfig) -> AcceptedClone {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::agent::config::ShipMode;
+    use crate::agent::config::{RedisLog, ShipMode};
     use crate::engine::fake::FakeCloneEngine;
     use std::time::Duration;
 
@@ -73,6 +73,7 @@ mod tests {
             password_file: None,
             run_as: "nobody".into(),
             ship: ShipMode::ArchiveCommand,
+            log: RedisLog::Aof,
             ship_every: Duration::from_secs(5),
             slot_limit_bytes: 1 << 30,
             backup_dir: None,

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::agent::config::{InstanceConfig, ShipMode};
+use crate::agent::config::{InstanceConfig, RedisLog, ShipMode};
 use crate::base::durable;
 use crate::engine::mysql;
 use crate::engine::redis::settings as redis;
@@ -135,6 +135,8 @@ fn instance_of(kept: RegisteredInstance, engine: EngineKind) -> InstanceConfig {
         database: "postgres".to_string(),
         run_as: kept.run_as,
         ship: ShipMode::ArchiveCommand,
+        // Clones have an append-only file, whatever their source has.
+        log: RedisLog::Aof,
         ship_every: SHIP_EVERY,
         slot_limit_bytes: SLOT_LIMIT_BYTES,
         backup_dir: None,
@@ -190,6 +192,8 @@ mod tests {
             password_file: None,
             run_as: "postgres".into(),
             ship: ShipMode::ArchiveCommand,
+            // Clones have an append-only file, whatever their source has.
+            log: RedisLog::Aof,
             ship_every: SHIP_EVERY,
             slot_limit_bytes: SLOT_LIMIT_BYTES,
             backup_dir: None,

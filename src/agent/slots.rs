@@ -140,6 +140,7 @@ pub async fn give_back(host: Arc<Host>, held: HeldSlot) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::agent::config::RedisLog;
 
     fn instance(name: &str, data_dir: &str, ship: ShipMode) -> InstanceConfig {
         InstanceConfig {
@@ -155,6 +156,7 @@ mod tests {
             password_file: None,
             run_as: "postgres".into(),
             ship,
+            log: RedisLog::Aof,
             ship_every: Duration::from_secs(5),
             slot_limit_bytes: 1 << 30,
             backup_dir: None,

@@ -3,7 +3,13 @@
 //! The log is the append-only file: its increments, numbered by keiki (`hold`), shipped byte by byte up to the last
 //! command that is whole and durable. A base backup is the base of that file, which the server has on its disk anyway, so
 //! that a backup costs the server nothing but reads. A clone is the two put together again under a new manifest, cut at a
-//! command. `ondisk` knows the files, `session` talks to a server. The rest are the parts of the two engine ports: this
+//! command.
+//!
+//! Where there is no append-only file, the agent follows the server as a replica instead (`follow`) and writes what it
+//! receives into log files of the same kind (`spool`); a base backup is then a snapshot that the server sends to a replica
+//! (`base_stream`). Clones are made in the same way from both.
+//!
+//! `ondisk` knows the files, `session` talks to a server. The rest are the parts of the two engine ports: this
 //! file only puts them together.
 
 use std::path::PathBuf;
@@ -20,11 +26,13 @@ use crate::model::log::LogFile;
 use crate::model::position::Position;
 
 pub mod backup;
+pub mod base_stream;
 pub mod check_source;
 pub mod check_target;
 pub mod clean_up;
 pub mod clone;
 pub mod cluster;
+mod follow;
 pub mod geometry;
 pub mod hold;
 pub mod keep_expired;
@@ -33,10 +41,22 @@ pub mod log_read;
 pub mod ondisk;
 pub mod passwords;
 pub mod recovery;
+pub mod replica;
 pub mod server;
 pub mod session;
 pub mod settings;
 pub mod source;
+pub mod spool;
+mod stream_log;
+
+/// Where the log of a server comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LogKind {
+    /// Its append-only file.
+    AppendOnlyFile,
+    /// What it sends to its replicas.
+    ReplicationStream,
+}
 
 /// A running server as the configuration describes it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -47,6 +67,7 @@ pub struct RedisSource {
     /// The server's working directory, `dir` of its configuration.
     pub data_dir: PathBuf,
     pub endpoint: session::Endpoint,
+    pub log: LogKind,
     /// What increments that the server has deleted may take on its disk until they are shipped.
     pub hold_limit_bytes: u64,
 }
@@ -61,18 +82,31 @@ pub struct RedisEngine {
 pub(crate) struct Inner {
     source: RedisSource,
     kept: tokio::sync::Mutex<source::Kept>,
+    follower: OnceLock<follow::Follower>,
 }
 
 impl Inner {
     fn source(&self) -> &RedisSource {
         &self.source
     }
+
+    /// Who follows the replication stream; begins to, when called first.
+    fn follower(&self) -> &follow::Follower {
+        self.follower.get_or_init(|| follow::Follower::start(&self.source))
+    }
+
+    fn is_streamed(&self) -> bool {
+        self.source.log == LogKind::ReplicationStream
+    }
 }
 
 impl RedisEngine {
     /// Takes the server as configured; nothing is opened before it is needed.
     pub fn new(source: RedisSource) -> RedisEngine {
-        RedisEngine { inner: Arc::new(Inner { source, kept: Default::default() }), watcher: OnceLock::new() }
+        RedisEngine {
+            inner: Arc::new(Inner { source, kept: Default::default(), follower: OnceLock::new() }),
+            watcher: OnceLock::new(),
+        }
     }
 
     pub fn source(&self) -> &RedisSource {
@@ -87,7 +121,10 @@ impl Engine for RedisEngine {
     }
 
     async fn check_source(&self) -> Result<Vec<CheckItem>> {
-        check_source::check_source(&self.inner).await
+        match self.inner.is_streamed() {
+            true => stream_log::check_source(&self.inner).await,
+            false => check_source::check_source(&self.inner).await,
+        }
     }
 
     async fn log_geometry(&self) -> Result<Arc<dyn LogGeometry>> {
@@ -95,10 +132,14 @@ impl Engine for RedisEngine {
     }
 
     fn log_directories(&self) -> Vec<PathBuf> {
-        vec![self.inner.source.data_dir.join(hold::APPEND_DIR_DEFAULT)]
+        let directory = if self.inner.is_streamed() { spool::SPOOL_DIR } else { hold::APPEND_DIR_DEFAULT };
+        vec![self.inner.source.data_dir.join(directory)]
     }
 
     async fn list_log(&self, after: Option<&str>) -> Result<LogListing> {
+        if self.inner.is_streamed() {
+            return stream_log::list(&self.inner, after).await;
+        }
         self.watcher.get_or_init(|| log_files::watch(&self.inner));
         log_files::list(&self.inner, after).await
     }
@@ -109,13 +150,26 @@ impl Engine for RedisEngine {
 
     async fn release_log(&self, position: Position) -> Result<()> {
         let (number, _) = position.file()?;
+        if self.inner.is_streamed() {
+            return self.inner.follower().release_before(number).await;
+        }
         match self.inner.hold().await {
             Some(hold) => crate::base::bulk::run_blocking("release log", move || hold.release_before(number)).await,
             None => Ok(()),
         }
     }
 
+    async fn guard_log(&self) -> Result<()> {
+        match self.inner.follower.get() {
+            Some(follower) => follower.guard().await,
+            None => Ok(()),
+        }
+    }
+
     async fn detach(&self) -> Result<()> {
+        if self.inner.is_streamed() {
+            return stream_log::give_up(&self.inner).await;
+        }
         let hold = match self.inner.hold().await {
             Some(hold) => hold,
             None => match self.inner.find_hold().await {
@@ -129,6 +183,9 @@ impl Engine for RedisEngine {
     }
 
     async fn back_up(&self, label: &str, sink: Arc<dyn BaseSink>, cancel: CancellationToken) -> Result<BaseSpan> {
-        backup::back_up(&self.inner, label, sink, cancel).await
+        match self.inner.is_streamed() {
+            true => base_stream::back_up(&self.inner, label, sink, cancel).await,
+            false => backup::back_up(&self.inner, label, sink, cancel).await,
+        }
     }
 }

@@ -30,6 +30,7 @@ mod story_s3;
 mod story_slot;
 mod redis_expired;
 mod redis_source;
+mod redis_stream;
 mod store_contract;
 mod story_redis;
 mod story_valkey;

@@ -2,6 +2,9 @@
 //! expire, in plain commands, transactions and scripts, with binary values and one of 100 MB, while the append-only file is
 //! rewritten, snapshots are saved and backups are taken. Then clones are made of many moments, and each must hold exactly
 //! what was executed by then: every key is compared by DUMP with a model server that repeats the writers' operations.
+//!
+//! The log is the append-only file or, on a server that has none, the replication stream, whose times are finer: there a
+//! clone says by itself up to which moment it holds everything, and must.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -12,6 +15,7 @@ use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use keiki::base::random::random_u64;
+use keiki::engine::redis::LogKind;
 
 use super::story_cost::peak_bytes;
 use super::support::hosts::{Host, HostOptions, Lab, free_port, wait_for};
@@ -137,17 +141,26 @@ struct Scene {
     b: Host,
     source: TestRedis,
     lab: Lab,
+    log: LogKind,
 }
 
-fn scene(product: Product) -> Scene {
+fn scene(product: Product, log: LogKind) -> Scene {
     let lab = Lab::new();
     let repository = lab.path("repository");
     std::fs::create_dir(&repository).unwrap();
-    let source = TestRedis::start_of(product, &[("auto-aof-rewrite-percentage", "0")]);
+    let (settings, log_line) = match log {
+        LogKind::AppendOnlyFile => (&[("auto-aof-rewrite-percentage", "0")][..], ""),
+        // So much is written while the agent is away; how long the server waits for other replicas says nothing here.
+        LogKind::ReplicationStream => (
+            &[("appendonly", "no"), ("repl-backlog-size", "64mb"), ("repl-diskless-sync-delay", "0")][..],
+            "log = \"replication\"\n",
+        ),
+    };
+    let source = TestRedis::start_of(product, settings);
     let (port_a, port_b) = (free_port(), free_port());
     let (bin_dir, engine) = (product.bin_dir(), product.engine().name());
     let instance = format!(
-        "[[instance]]\nname = \"cart\"\nengine = \"{engine}\"\ndata_dir = \"{}\"\nsocket = \"{}\"\nrun_as = \"{}\"\nship_every = \"1s\"\n",
+        "[[instance]]\nname = \"cart\"\nengine = \"{engine}\"\ndata_dir = \"{}\"\nsocket = \"{}\"\nrun_as = \"{}\"\nship_every = \"1s\"\n{log_line}",
         source.data_dir.display(),
         source.socket.display(),
         server_user().name
@@ -178,22 +191,27 @@ fn scene(product: Product) -> Scene {
         },
     );
     wait_for("archiving to begin", Duration::from_secs(30), || a.instance("cart")["state"] == "archiving");
-    Scene { a, b, source, lab }
+    Scene { a, b, source, lab, log }
 }
 
 #[test]
 fn story_redis_7_every_key_is_there_exactly_as_it_was_by_then() {
-    tell(Product::Redis7);
+    tell(Product::Redis7, LogKind::AppendOnlyFile);
 }
 
 #[test]
 fn story_redis_8_every_key_is_there_exactly_as_it_was_by_then() {
-    tell(Product::Redis8);
+    tell(Product::Redis8, LogKind::AppendOnlyFile);
+}
+
+#[test]
+fn story_redis_7_without_an_append_only_file_is_cloned_from_its_replication_stream() {
+    tell(Product::Redis7, LogKind::ReplicationStream);
 }
 
 /// Tells the whole story.
-pub fn tell(product: Product) {
-    let mut scene = scene(product);
+pub fn tell(product: Product, log: LogKind) {
+    let mut scene = scene(product, log);
     let settings_before = scene.source.run(&["CONFIG", "GET", "*"]);
     let (done, big, mut trials) = write_history(&mut scene);
     let operations: usize = done.iter().map(Vec::len).sum();
@@ -238,7 +256,15 @@ pub fn tell(product: Product) {
 
 /// Writes for a while; returns what was done, the value of 100 MB, and the moments to be cloned.
 fn write_history(scene: &mut Scene) -> (Vec<Vec<Done>>, Done, Vec<Trial>) {
-    let Scene { a, source, .. } = scene;
+    let Scene { a, source, log, .. } = scene;
+    let is_streamed = *log == LogKind::ReplicationStream;
+    // The server makes a new base; or the replica link breaks.
+    let disturb = |source: &TestRedis| match is_streamed {
+        false => source.rewrite(),
+        true => {
+            source.run(&["CLIENT", "KILL", "TYPE", "replica"]);
+        }
+    };
     // Whoever calls changes nothing about the agent but its life.
     let a: &mut Host = a;
     let ledger = Ledger::start(source.socket.clone());
@@ -248,24 +274,24 @@ fn write_history(scene: &mut Scene) -> (Vec<Vec<Done>>, Done, Vec<Trial>) {
     trials.push(backup_trial(a, "first backup set"));
     let first_backup_ended = Timestamp::now();
     ledger.grow(pause);
-    source.rewrite();
+    disturb(source);
     ledger.grow(pause);
     let before = Timestamp::now();
     source.client().run_bytes(&[b"SET", b"big", &big_value()]);
     let big = Done { before, after: Timestamp::now() };
     ledger.grow(pause);
     source.run(&["BGSAVE"]);
-    source.rewrite();
-    source.rewrite();
+    disturb(source);
+    disturb(source);
     ledger.grow(pause);
     trials.push(backup_trial(a, "second backup set"));
     ledger.grow(pause);
-    source.rewrite();
+    disturb(source);
     ledger.grow(pause);
     // The agent dies, and while it is dead the server deletes what was not shipped yet.
     a.kill_agent();
     ledger.grow(pause);
-    source.rewrite();
+    disturb(source);
     ledger.grow(pause);
     a.start_agent();
     wait_for("archiving to go on", Duration::from_secs(60), || a.instance("cart")["state"] == "archiving");
@@ -276,15 +302,15 @@ fn write_history(scene: &mut Scene) -> (Vec<Vec<Done>>, Done, Vec<Trial>) {
     for index in 0..RANDOM_TIMES {
         let second = from + (random_u64() % (to - from + 1) as u64) as i64;
         let whole = Timestamp::from_second(second).unwrap();
-        // The log counts in seconds: a time between two shows the second before it.
+        // The append-only file counts in seconds: a time between two shows the second before it.
         let asked = match index % 4 {
-            3 => Timestamp::from_millisecond(second * 1000 + 250).unwrap(),
-            _ => whole,
+            0..=2 if !is_streamed => whole,
+            _ => Timestamp::from_millisecond(second * 1000 + (random_u64() % 999) as i64 + 1).unwrap(),
         };
         trials.push(Trial {
             title: format!("time {asked}"),
             arguments: vec!["--at".into(), asked.to_string()],
-            moment: Moment(whole, whole),
+            moment: if is_streamed { Moment(asked, asked) } else { Moment(whole, whole) },
         });
     }
     (done, big, trials)
@@ -294,6 +320,15 @@ fn write_history(scene: &mut Scene) -> (Vec<Vec<Done>>, Done, Vec<Trial>) {
 fn held_for_nothing(scene: &Scene) -> u64 {
     use std::os::unix::fs::MetadataExt;
     let held = || -> u64 {
+        if scene.log == LogKind::ReplicationStream {
+            let entries = std::fs::read_dir(scene.source.data_dir.join("keiki-stream")).unwrap();
+            let mut files: Vec<PathBuf> = entries.map(|entry| entry.unwrap().path()).collect();
+            files.retain(|path| path.extension().is_some_and(|extension| extension == "aof"));
+            files.sort();
+            // The newest is being written.
+            files.pop();
+            return files.iter().filter_map(|path| path.metadata().ok()).map(|metadata| metadata.len()).sum();
+        }
         let entries = std::fs::read_dir(scene.source.data_dir.join("appendonlydir/keiki-held")).unwrap();
         let files = entries.filter_map(|entry| entry.ok()?.metadata().ok());
         // What is small is no log: notes of the agent's.
@@ -370,7 +405,13 @@ fn clone_and_compare(
     let took = began.elapsed();
     let socket = scene.lab.path("clones-b").join(format!("{name}.run")).join("redis.sock");
     let mut clone = Client::open(&socket);
-    let outcome = compare(&mut clone, &mut model.client(), trial.moment, done, big);
+    let mut moment = trial.moment;
+    let mut said = String::new();
+    if scene.log == LogKind::ReplicationStream && trial.arguments.first().is_some_and(|word| word == "--at") {
+        moment.0 = executed_by(&String::from_utf8_lossy(&output.stdout))?;
+        said = format!(", all up to {} ms before", moment.1.as_millisecond() - moment.0.as_millisecond());
+    }
+    let outcome = compare(&mut clone, &mut model.client(), moment, done, big);
     clone.run(&["SET", "written by the clone", "1"]);
     let listens = std::net::TcpStream::connect(("127.0.0.1", port)).is_ok();
     let state = scene.b.instance(&name)["state"].clone();
@@ -382,8 +423,16 @@ fn clone_and_compare(
     match (state.is_null(), listens) {
         (true, _) => Err("the clone is not an instance of host b".to_string()),
         (_, false) => Err(format!("the clone does not listen on port {port}")),
-        _ => Ok(format!("{found} in {:.1} s", took.as_secs_f64())),
+        _ => Ok(format!("{found}{said} in {:.1} s", took.as_secs_f64())),
     }
+}
+
+/// Up to when a clone says that it holds everything.
+fn executed_by(report: &str) -> Result<Timestamp, String> {
+    let (_, rest) =
+        report.split_once("everything that was executed by ").ok_or("the clone does not say what it holds")?;
+    let (text, _) = rest.split_once("Z,").ok_or("the clone says no time")?;
+    format!("{text}Z").parse().map_err(|error| format!("'{text}' is no time: {error}"))
 }
 
 /// Compares a clone with the model.

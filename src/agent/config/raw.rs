@@ -107,6 +107,7 @@ pub struct RawInstance {
     pub password_file: Option<Text>,
     pub run_as: Option<Text>,
     pub ship: Option<Text>,
+    pub log: Option<Text>,
     pub ship_every: Option<Text>,
     pub slot_limit: Option<Text>,
     pub backup_dir: Option<Text>,

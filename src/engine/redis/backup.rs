@@ -37,8 +37,11 @@ use crate::model::position::Position;
 pub const RDB_VERSION_FACT: &str = "rdb_version";
 /// The name of the base in the clone's directory of the append-only file.
 pub const BASE_FACT: &str = "base";
-/// `yes` if the log has times in it from the end of the backup on.
+/// `yes` if the log has times in it from the end of the backup on: whole seconds; `received` if the agent has written down
+/// when it received what.
 pub const LOG_TIMES_FACT: &str = "log_times";
+pub const LOG_TIMES_SECONDS: &str = "yes";
+pub const LOG_TIMES_RECEIVED: &str = "received";
 pub const USED_MEMORY_FACT: &str = "used_memory";
 
 /// Below this a rewrite is not worth its fork (`auto-aof-rewrite-min-size`, 64 MiB by default).
@@ -78,7 +81,7 @@ async fn run(inner: &Inner, label: &str, sink: Arc<dyn BaseSink>, cancel: &Cance
     let stop = Position::File { number: last.held.number, offset: last.readable_bytes };
     facts.insert(String::from("label"), label.to_string());
     facts.insert(String::from("checksum"), verdict.to_string());
-    facts.insert(LOG_TIMES_FACT.to_string(), if seen.writes_times { "yes" } else { "no" }.to_string());
+    facts.insert(LOG_TIMES_FACT.to_string(), if seen.writes_times { LOG_TIMES_SECONDS } else { "no" }.to_string());
     if let Some(used) = seen.info.get("used_memory") {
         facts.insert(USED_MEMORY_FACT.to_string(), used.clone());
     }
@@ -291,7 +294,7 @@ impl BaseCheck {
 }
 
 /// What a clone has to know about the server.
-async fn server_facts(session: &mut Session) -> Result<Vec<(String, String)>> {
+pub(super) async fn server_facts(session: &mut Session) -> Result<Vec<(String, String)>> {
     let settings = session.settings("*").await?;
     let mut facts: Vec<(String, String)> = facts_of_settings(&settings).collect();
     for (number, line) in session.ask(&["ACL", "LIST"]).await?.list()?.into_iter().enumerate() {

@@ -58,6 +58,17 @@ pub(super) async fn check_source(inner: &Inner) -> Result<Vec<CheckItem>> {
 
 /// What the server says about itself. Pure.
 fn about_server(info: &BTreeMap<String, String>, settings: &BTreeMap<String, String>) -> Vec<CheckItem> {
+    let mut items = server_items(info);
+    items.push(match info.get("aof_enabled").is_some_and(|value| value == "1") {
+        true => CheckItem::pass("append-only file", "on"),
+        false => CheckItem::fail("append-only file", "off: there is nothing to ship", APPEND_ONLY_HINT),
+    });
+    items.extend(risk_items(&RISKS, settings));
+    items
+}
+
+/// What matters wherever the log comes from. Pure.
+pub(super) fn server_items(info: &BTreeMap<String, String>) -> Vec<CheckItem> {
     let is = |key: &str, value: &str| info.get(key).is_some_and(|found| found == value);
     let mut items = vec![match product_of(info) {
         Ok((engine, version)) => CheckItem::pass("server", format!("{} {version} is running", engine.name())),
@@ -67,10 +78,6 @@ fn about_server(info: &BTreeMap<String, String>, settings: &BTreeMap<String, Str
         true => CheckItem::pass("role", "primary"),
         false => CheckItem::fail("role", "the server is a replica", "configure keiki on the host of its primary"),
     });
-    items.push(match is("aof_enabled", "1") {
-        true => CheckItem::pass("append-only file", "on"),
-        false => CheckItem::fail("append-only file", "off: there is nothing to ship", APPEND_ONLY_HINT),
-    });
     if is("cluster_enabled", "1") {
         items.push(CheckItem::warn(
             "cluster",
@@ -78,12 +85,17 @@ fn about_server(info: &BTreeMap<String, String>, settings: &BTreeMap<String, Str
             "its clone has this node's keys only, and stands alone",
         ));
     }
-    for (name, value, found, hint) in RISKS {
-        if settings.get(name).is_some_and(|set| set == value) {
-            items.push(CheckItem::warn(name, found, hint));
-        }
-    }
     items
+}
+
+/// A warning for each setting that has a value which costs something. Pure.
+pub(super) fn risk_items<'a>(
+    risks: &'a [(&'a str, &'a str, &'a str, &'a str)],
+    settings: &'a BTreeMap<String, String>,
+) -> impl Iterator<Item = CheckItem> + 'a {
+    let set = move |name: &str, value: &str| settings.get(name).is_some_and(|set| set == value);
+    let found = risks.iter().filter(move |(name, value, ..)| set(name, value));
+    found.map(|(name, _, found, hint)| CheckItem::warn(*name, *found, *hint))
 }
 
 #[cfg(test)]

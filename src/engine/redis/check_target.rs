@@ -12,7 +12,7 @@ use crate::engine::redis::backup::{RDB_VERSION_FACT, USED_MEMORY_FACT};
 use crate::engine::redis::clone::RedisCloner;
 use crate::engine::redis::ondisk::rdb::{RdbFamily, RdbVersion};
 use crate::engine::redis::passwords;
-use crate::engine::redis::recovery::end_of;
+use crate::engine::redis::recovery::{end_of, is_received};
 use crate::engine::redis::settings::{check_ordered, modules};
 use crate::engine::redis::source::product_name;
 use crate::error::Result;
@@ -50,7 +50,7 @@ fn target_item(site: &CloneSite, target: &Target) -> Option<CheckItem> {
     let what = "moment";
     match (target, end_of(site, target)) {
         (_, Err(error)) => Some(CheckItem::fail(what, error.message(), error.hint_text().unwrap_or_default())),
-        (Target::Time(time), Ok(_)) if time.subsec_nanosecond() > 0 => {
+        (Target::Time(time), Ok(_)) if time.subsec_nanosecond() > 0 && !is_received(site) => {
             let shown = Timestamp::from_second(time.as_second()).map_or_else(|_| time.to_string(), utc_text);
             Some(CheckItem::warn(
                 what,
@@ -208,6 +208,7 @@ mod tests {
             rounded.verdict == Verdict::Warn && rounded.found.ends_with("show 2026-11-21 10:00:00Z"),
             "{rounded:?}"
         );
+        assert_eq!(ask("received", &at("2026-11-21 10:00:00.5Z")), None);
         assert_eq!(ask("yes", &Target::Name("x".into())).unwrap().verdict, Verdict::Fail);
     }
 

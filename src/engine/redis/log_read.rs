@@ -24,6 +24,12 @@ pub(super) async fn open(inner: &Inner, file: &LogFile, from: u64, to: u64) -> R
         return Err(Error::new(Kind::Internal, format!("{}: bytes {from} to {to} cannot be read", what())));
     }
     let number = file_number(&file.name).context(what)?;
+    if inner.is_streamed() {
+        let path = inner.follower().path(number).await.context(what)?;
+        let opened =
+            run_blocking("open log", move || File::open(&path).context(|| format!("cannot open '{}'", path.display())));
+        return Ok(Box::new(IncrementRead::new(opened.await.context(what)?, file, number, from..to, None)));
+    }
     let hold = inner.hold().await.ok_or_else(|| Error::new(Kind::Internal, format!("{}: never listed", what())))?;
     let opened = run_blocking("open log", move || {
         let held = hold.held()?.into_iter().find(|held| held.number == number);
@@ -32,15 +38,7 @@ pub(super) async fn open(inner: &Inner, file: &LogFile, from: u64, to: u64) -> R
         Ok((file, hold.untimed(number)))
     });
     let (opened, untimed) = opened.await.context(what)?;
-    Ok(Box::new(IncrementRead {
-        file: opened,
-        name: file.name.clone(),
-        number,
-        to,
-        walker: AofWalker::new(from),
-        first_second: None,
-        untimed,
-    }))
+    Ok(Box::new(IncrementRead::new(opened, file, number, from..to, untimed)))
 }
 
 struct IncrementRead {
@@ -49,9 +47,31 @@ struct IncrementRead {
     number: u64,
     to: u64,
     walker: AofWalker,
-    first_second: Option<i64>,
+    first_at: Option<Timestamp>,
+    last_at: Option<Timestamp>,
     /// Times after this second say nothing about what lies between: see `Hold::untimed`.
     untimed: Option<i64>,
+}
+
+impl IncrementRead {
+    fn new(
+        opened: File,
+        file: &LogFile,
+        number: u64,
+        range: std::ops::Range<u64>,
+        untimed: Option<i64>,
+    ) -> IncrementRead {
+        IncrementRead {
+            file: opened,
+            name: file.name.clone(),
+            number,
+            to: range.end,
+            walker: AofWalker::new(range.start),
+            first_at: None,
+            last_at: None,
+            untimed,
+        }
+    }
 }
 
 impl LogRead for IncrementRead {
@@ -60,10 +80,17 @@ impl LogRead for IncrementRead {
         // Bounded by a constant, so it fits.
         let mut bytes = vec![0u8; self.to.saturating_sub(at).min(PIECE_BYTES) as usize];
         self.file.read_exact_at(&mut bytes, at).context(|| format!("cannot read log file '{}'", self.name))?;
-        let first_second = &mut self.first_second;
+        let limit = self.untimed.unwrap_or(i64::MAX);
+        let (first_at, last_at) = (&mut self.first_at, &mut self.last_at);
         let walked = self.walker.feed(&bytes, |mark| {
-            if let Mark::Second { unix_seconds, .. } = mark {
-                first_second.get_or_insert(unix_seconds);
+            let at = match mark {
+                Mark::Second { unix_seconds, .. } => Timestamp::from_second(unix_seconds.min(limit)).ok(),
+                Mark::Received { unix_millis, .. } => Timestamp::from_millisecond(unix_millis).ok(),
+                Mark::Executed { .. } | Mark::Boundary { .. } => None,
+            };
+            if at.is_some() {
+                *first_at = first_at.or(at);
+                *last_at = at;
             }
         });
         walked.map_err(|damage| damage.of(&self.name))?;
@@ -74,11 +101,9 @@ impl LogRead for IncrementRead {
     }
 
     fn summary(&self) -> LogSummary {
-        let limit = self.untimed.unwrap_or(i64::MAX);
-        let instant = |second: Option<i64>| second.and_then(|second| Timestamp::from_second(second.min(limit)).ok());
         LogSummary {
-            first_commit_at: instant(self.first_second),
-            last_commit_at: instant(self.walker.last_second()),
+            first_commit_at: self.first_at,
+            last_commit_at: self.last_at,
             last_commit: Some(Position::File { number: self.number, offset: self.walker.boundary() }),
             named_points: Vec::new(),
             transactions: Vec::new(),

@@ -6,7 +6,8 @@
 //!
 //! A target in time keeps everything that was executed before that second. The log counts in whole seconds, and an
 //! annotation stands before the first command of each: so a target of a whole second is exact, and one between seconds
-//! shows the second before it. Nothing that came later is ever in a clone.
+//! shows the second before it. A replication stream has annotations of when its parts were received, in milliseconds: kept
+//! is what was received before. Nothing that came later is ever in a clone.
 
 use std::fs::{File, OpenOptions};
 use std::io::Write;
@@ -22,7 +23,9 @@ use crate::base::child::ChildCommand;
 use crate::base::durable::{sync_filesystem, write_file_durable};
 use crate::base::ownership::{give_to, write_owned};
 use crate::base::users::User;
-use crate::engine::redis::backup::{BASE_FACT, LOG_TIMES_FACT, RDB_VERSION_FACT};
+use crate::engine::redis::backup::{
+    BASE_FACT, LOG_TIMES_FACT, LOG_TIMES_RECEIVED, LOG_TIMES_SECONDS, RDB_VERSION_FACT,
+};
 use crate::engine::redis::clone::Grounds;
 use crate::engine::redis::geometry::file_name;
 use crate::engine::redis::keep_expired::{self, Kept};
@@ -49,15 +52,15 @@ pub(super) enum End {
     Open,
     /// At this place, or at the last command that ends before it.
     At { number: u64, offset: u64 },
-    /// Before the first annotation of this second or a later one.
-    BeforeSecond(i64),
+    /// Before the first annotation of this time or a later one, in milliseconds since 1970.
+    Before(i64),
 }
 
 /// What was put together.
 #[derive(Debug)]
 struct Assembled {
     end: Position,
-    last_second: Option<i64>,
+    times: Times,
     /// Bytes of all increments.
     log_bytes: u64,
     increments: u64,
@@ -95,18 +98,37 @@ async fn run(
     verified.extend(check_by_tool(grounds, site, cancel).await?);
     progress.note("the server loads the data".to_string());
     start(grounds, site, &progress, cancel, &assembled, &mut verified).await?;
-    if let (Target::Time(time), End::BeforeSecond(second)) = (target, end)
-        && time.subsec_nanosecond() > 0
-    {
-        let shown = Timestamp::from_second(second).map_or_else(|_| second.to_string(), utc_text);
-        verified.push(CheckItem::pass("time", format!("the log counts in seconds: shown is {shown}")));
+    if let Target::Time(time) = target {
+        verified.extend(time_item(site, *time, end, assembled.times));
     }
     Ok(Recovered {
         departed_at: assembled.end,
         now_at: Position::File { number: 1, offset: assembled.log_bytes },
-        last_commit_at: assembled.last_second.and_then(|second| Timestamp::from_second(second).ok()),
+        last_commit_at: assembled.times.last.and_then(|millis| Timestamp::from_millisecond(millis).ok()),
         verified,
     })
+}
+
+/// What can be said about a target in time beyond what was ordered: of a log that counts in seconds, which one is shown; of
+/// a stream, what is proved to be in the clone, because what was executed is received a moment later. Pure.
+fn time_item(site: &CloneSite, time: Timestamp, end: End, times: Times) -> Option<CheckItem> {
+    let text = |millis: i64| Timestamp::from_millisecond(millis).map_or_else(|_| millis.to_string(), utc_text);
+    if is_received(site) {
+        let executed = times.executed.map(|millis| format!("everything that was executed by {}, and ", text(millis)));
+        let found = format!("{}nothing that was received at {} or later", executed.unwrap_or_default(), utc_text(time));
+        return Some(CheckItem::pass("time", found));
+    }
+    match end {
+        End::Before(millis) if time.subsec_nanosecond() > 0 => {
+            Some(CheckItem::pass("time", format!("the log counts in seconds: shown is {}", text(millis))))
+        }
+        _ => None,
+    }
+}
+
+/// Whether the log is a replication stream with the times at which it was received.
+pub(super) fn is_received(site: &CloneSite) -> bool {
+    site.facts.get(LOG_TIMES_FACT).is_some_and(|value| value == LOG_TIMES_RECEIVED)
 }
 
 /// What a target means for the log. Pure.
@@ -116,8 +138,12 @@ pub(super) fn end_of(site: &CloneSite, target: &Target) -> Result<End> {
         Target::Latest => Ok(End::Open),
         Target::Backup(_) => at(site.backup_stop),
         Target::Position(position) => at(*position),
-        Target::Time(_) if site.facts.get(LOG_TIMES_FACT).is_none_or(|value| value != "yes") => Err(no_times()),
-        Target::Time(time) => Ok(End::BeforeSecond(time.as_second())),
+        // Within the millisecond of an annotation more may have been received.
+        Target::Time(time) if is_received(site) => Ok(End::Before(time.as_millisecond())),
+        Target::Time(time) if site.facts.get(LOG_TIMES_FACT).is_some_and(|value| value == LOG_TIMES_SECONDS) => {
+            Ok(End::Before(time.as_second().saturating_mul(1000)))
+        }
+        Target::Time(_) => Err(no_times()),
         Target::Lsn(_) | Target::Name(_) | Target::Transaction { .. } => {
             Err(Error::new(Kind::BadInput, "the log of Redis has neither such positions nor named points")
                 .hint("clone to a time, to the latest state or to a backup"))
@@ -141,8 +167,17 @@ struct Assembly {
     base_bytes: u64,
     increments: Vec<ManifestPart>,
     end: Position,
-    last_second: Option<i64>,
+    times: Times,
     log_bytes: u64,
+}
+
+/// The last times, in milliseconds since 1970, that the log of a clone says.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct Times {
+    /// At which something was executed or received.
+    last: Option<i64>,
+    /// By which everything that was executed is in it.
+    executed: Option<i64>,
 }
 
 impl Assembly {
@@ -171,7 +206,7 @@ impl Assembly {
                 base_bytes,
                 increments: vec![],
                 end: start,
-                last_second: None,
+                times: Times::default(),
                 log_bytes: 0,
             })
         })
@@ -187,29 +222,28 @@ impl Assembly {
         progress: &dyn Progress,
         cancel: &CancellationToken,
     ) -> Result<()> {
-        let (mut number, _) = site.backup_start.file()?;
+        let (mut number, mut from) = site.backup_start.file()?;
         loop {
-            if matches!(end, End::At { number: last, offset } if (number, 0) > (last, 0) || (number, offset) == (last, 0))
-            {
+            if matches!(end, End::At { number: last, offset } if (number, from) >= (last, offset)) {
                 return Ok(());
             }
             let name = file_name(number);
             let Some(bytes) = logs.available(&name).await? else { return Ok(()) };
-            let is_cut = self.take_file(number, bytes, end, logs, progress, cancel).await?;
+            let is_cut = self.take_file(number, from..bytes, end, logs, progress, cancel).await?;
             // What follows an unfinished file in the repository does not follow it in the log: something is missing.
             if is_cut || !logs.is_sealed(&name).await? {
                 return Ok(());
             }
-            number = number.saturating_add(1);
+            (number, from) = (number.saturating_add(1), 0);
             self.end = Position::File { number, offset: 0 };
         }
     }
 
-    /// Writes the increment of one log file. Returns whether the end lay in it.
+    /// Writes a range of one log file as an increment. Returns whether the end lay in it.
     async fn take_file(
         &mut self,
         number: u64,
-        bytes: u64,
+        range: std::ops::Range<u64>,
         end: End,
         logs: &dyn LogSource,
         progress: &dyn Progress,
@@ -219,13 +253,14 @@ impl Assembly {
         let name = format!("{APPEND_FILE}.{sequence}.incr.aof");
         let path = self.dir.join(&name);
         let log_name = file_name(number);
-        let mut cut = Cut::new(number, end);
+        let (from, bytes) = (range.start, range.end);
+        let mut cut = Cut::new(number, from, end);
         let mut file = {
             let (path, user) = (path.clone(), self.user.clone());
             run_blocking("make increment", move || make_file(&path, &user)).await?
         };
         let piece = if bytes <= WHOLE_FILE_BYTES_MAX { WHOLE_FILE_BYTES_MAX as usize } else { PIECE_BYTES };
-        let mut at = 0;
+        let mut at = from;
         while at < bytes && !cut.is_found() {
             if cancel.is_cancelled() {
                 return Err(Error::new(Kind::Cancelled, "it was cancelled"));
@@ -245,16 +280,17 @@ impl Assembly {
                 Ok(file)
             })
             .await?;
-            progress.set(self.log_bytes + at, 0);
+            progress.set(self.log_bytes + (at - from), 0);
         }
         let kept = cut.kept(at).map_err(|damage| damage.of(&log_name))?;
         let shown = path.clone();
         run_blocking("cut increment", move || {
-            file.set_len(kept).context(|| format!("cannot cut '{}'", shown.display()))
+            file.set_len(kept - from).context(|| format!("cannot cut '{}'", shown.display()))
         })
         .await?;
-        self.last_second = cut.last_second_kept(kept).or(self.last_second);
-        self.log_bytes += kept;
+        let times = cut.times_kept(kept);
+        self.times = Times { last: times.last.or(self.times.last), executed: times.executed.or(self.times.executed) };
+        self.log_bytes += kept - from;
         self.end = Position::File { number, offset: kept };
         self.increments.push(part(name, sequence, PartKind::Increment));
         Ok(cut.is_found())
@@ -299,7 +335,7 @@ impl Assembly {
         .await?;
         Ok(Assembled {
             end: self.end,
-            last_second: self.last_second,
+            times: self.times,
             log_bytes: self.log_bytes,
             increments,
             base_bytes: self.base_bytes,
@@ -345,13 +381,16 @@ struct Cut {
     found: Option<u64>,
     /// The last boundary that is not behind a place that was ordered.
     boundary: u64,
-    /// The last annotations: each second with its place. Two are enough, because a cut lies before the last.
-    seconds: [Option<(u64, i64)>; 2],
+    /// The last annotations: each time with its place. Two are enough, because a cut lies before the last.
+    times: [Option<(u64, i64)>; 2],
+    executed: [Option<(u64, i64)>; 2],
 }
 
 impl Cut {
-    fn new(number: u64, end: End) -> Cut {
-        Cut { number, end, walker: AofWalker::new(0), found: None, boundary: 0, seconds: [None, None] }
+    /// Begins at byte `from` of a log file, which is a boundary.
+    fn new(number: u64, from: u64, end: End) -> Cut {
+        let walker = AofWalker::new(from);
+        Cut { number, end, walker, found: None, boundary: from, times: [None; 2], executed: [None; 2] }
     }
 
     fn is_found(&self) -> bool {
@@ -360,14 +399,17 @@ impl Cut {
 
     fn feed(&mut self, bytes: &[u8]) -> Result<(), crate::engine::redis::ondisk::aof::AofDamage> {
         let (number, end) = (self.number, self.end);
-        let (found, boundary, seconds) = (&mut self.found, &mut self.boundary, &mut self.seconds);
+        let (found, boundary) = (&mut self.found, &mut self.boundary);
+        let (times, executed) = (&mut self.times, &mut self.executed);
+        let mut time = |found: &mut Option<u64>, at: u64, unix_millis: i64| match end {
+            End::Before(limit) if unix_millis >= limit => *found = Some(at),
+            _ => push(times, at, unix_millis),
+        };
         self.walker.feed(bytes, |mark| match (mark, end) {
             _ if found.is_some() => {}
-            (Mark::Second { at, unix_seconds }, End::BeforeSecond(limit)) if unix_seconds >= limit => *found = Some(at),
-            (Mark::Second { at, unix_seconds }, _) => {
-                seconds.rotate_left(1);
-                seconds[1] = Some((at, unix_seconds));
-            }
+            (Mark::Second { at, unix_seconds }, _) => time(found, at, unix_seconds.saturating_mul(1000)),
+            (Mark::Received { at, unix_millis, .. }, _) => time(found, at, unix_millis),
+            (Mark::Executed { at, unix_millis, .. }, _) => push(executed, at, unix_millis),
             (Mark::Boundary { at }, End::At { number: last, offset }) if number == last => {
                 if at <= offset {
                     *boundary = at;
@@ -389,10 +431,17 @@ impl Cut {
         Ok(read)
     }
 
-    /// The second of the last annotation in what is kept.
-    fn last_second_kept(&self, kept: u64) -> Option<i64> {
-        self.seconds.iter().rev().flatten().find(|(at, _)| *at < kept).map(|(_, second)| *second)
+    /// The last annotations in what is kept.
+    fn times_kept(&self, kept: u64) -> Times {
+        let last =
+            |of: &[Option<(u64, i64)>]| of.iter().rev().flatten().find(|(at, _)| *at < kept).map(|(_, time)| *time);
+        Times { last: last(&self.times), executed: last(&self.executed) }
     }
+}
+
+fn push(times: &mut [Option<(u64, i64)>; 2], at: u64, unix_millis: i64) {
+    times.rotate_left(1);
+    times[1] = Some((at, unix_millis));
 }
 
 /// Has the product's own tools read everything, where they are installed.
@@ -504,27 +553,53 @@ mod tests {
 
     const LOG: &str = "#TS:100\r\n*1\r\n$1\r\nA\r\n#TS:102\r\n*1\r\n$5\r\nMULTI\r\n*1\r\n$1\r\nB\r\n*1\r\n$4\r\nEXEC\r\n*1\r\n$1\r\nC\r\n";
 
-    /// Bytes kept of [`LOG`] as file 7, and the second that they reach.
-    fn cut(end: End) -> (u64, Option<i64>, bool) {
+    /// Bytes kept of a log as file 7, and the times that they reach.
+    fn cut_of(log: &str, from: u64, end: End) -> (u64, Times, bool) {
         let mut outcomes = Vec::new();
         for piece in [1, 3, 1000] {
-            let mut cut = Cut::new(7, end);
-            LOG.as_bytes().chunks(piece).for_each(|part| cut.feed(part).unwrap());
-            let kept = cut.kept(LOG.len() as u64).unwrap();
-            outcomes.push((kept, cut.last_second_kept(kept), cut.is_found()));
+            let mut cut = Cut::new(7, from, end);
+            log.as_bytes()[from as usize..].chunks(piece).for_each(|part| cut.feed(part).unwrap());
+            let kept = cut.kept(log.len() as u64).unwrap();
+            outcomes.push((kept, cut.times_kept(kept), cut.is_found()));
         }
         assert!(outcomes.windows(2).all(|pair| pair[0] == pair[1]), "{outcomes:?}");
         outcomes[0]
     }
 
+    fn cut(end: End) -> (u64, Option<i64>, bool) {
+        let (kept, times, is_found) = cut_of(LOG, 0, end);
+        (kept, times.last, is_found)
+    }
+
     #[test]
     fn a_time_keeps_what_was_executed_before_that_second() {
         let second = LOG.find("#TS:102").unwrap() as u64;
-        assert_eq!(cut(End::BeforeSecond(100)), (0, None, true));
-        assert_eq!(cut(End::BeforeSecond(101)), (second, Some(100), true));
-        assert_eq!(cut(End::BeforeSecond(102)), (second, Some(100), true));
-        assert_eq!(cut(End::BeforeSecond(103)), (LOG.len() as u64, Some(102), false));
-        assert_eq!(cut(End::Open), (LOG.len() as u64, Some(102), false));
+        assert_eq!(cut(End::Before(100_000)), (0, None, true));
+        assert_eq!(cut(End::Before(101_000)), (second, Some(100_000), true));
+        assert_eq!(cut(End::Before(102_000)), (second, Some(100_000), true));
+        assert_eq!(cut(End::Before(103_000)), (LOG.len() as u64, Some(102_000), false));
+        assert_eq!(cut(End::Open), (LOG.len() as u64, Some(102_000), false));
+    }
+
+    #[test]
+    fn a_stream_keeps_what_was_received_before_and_says_what_was_executed() {
+        let (one, two) = ("*1\r\n$1\r\nA\r\n", "*1\r\n$1\r\nB\r\n");
+        let id = "a".repeat(40);
+        let log = format!(
+            "#KEIKI-OF:{id}:0\r\n#KEIKI-AT:1005:0\r\n{one}#KEIKI-BY:1007:11\r\n#KEIKI-AT:1009:11\r\n{two}#KEIKI-BY:1010:22\r\n"
+        );
+        let place = |text: &str| log.find(text).unwrap() as u64;
+        let times = |last, executed| Times { last, executed };
+        assert_eq!(cut_of(&log, 0, End::Before(1005)), (place("#KEIKI-AT:1005"), times(None, None), true));
+        let first = (place("#KEIKI-AT:1009"), times(Some(1005), Some(1007)), true);
+        assert_eq!(cut_of(&log, 0, End::Before(1006)), first);
+        assert_eq!(cut_of(&log, 0, End::Before(1009)), first);
+        let all = (log.len() as u64, times(Some(1009), Some(1010)), false);
+        assert_eq!(cut_of(&log, 0, End::Before(1010)), all);
+        // A backup that begins inside the file: what is before is not looked at.
+        let from = place("#KEIKI-BY:1007");
+        assert_eq!(cut_of(&log, from, End::Before(1009)), (place("#KEIKI-AT:1009"), times(None, Some(1007)), true));
+        assert_eq!(cut_of(&log, from, End::At { number: 7, offset: from }).0, from);
     }
 
     #[test]
@@ -536,12 +611,12 @@ mod tests {
         assert_eq!(cut(End::At { number: 7, offset: exec_end }).0, exec_end);
         assert_eq!(cut(End::At { number: 7, offset: 1 << 40 }).0, LOG.len() as u64);
         // The end lies in a later file: all of this one is kept.
-        assert_eq!(cut(End::At { number: 8, offset: 1 }), (LOG.len() as u64, Some(102), false));
+        assert_eq!(cut(End::At { number: 8, offset: 1 }), (LOG.len() as u64, Some(102_000), false));
     }
 
     #[test]
     fn a_log_that_is_torn_is_refused() {
-        let mut cut = Cut::new(7, End::Open);
+        let mut cut = Cut::new(7, 0, End::Open);
         cut.feed(&LOG.as_bytes()[..LOG.len() - 3]).unwrap();
         assert!(cut.kept(LOG.len() as u64 - 3).is_err());
     }

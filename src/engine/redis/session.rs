@@ -107,7 +107,8 @@ fn unexpected(reply: &Reply) -> Error {
     Error::new(Kind::Server, format!("the server gives an answer that was not expected: {shown}"))
 }
 
-trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
+/// What a connection is made of.
+pub(super) trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
 
 /// An open connection.
@@ -174,6 +175,11 @@ impl Session {
         Ok(())
     }
 
+    /// The connection without its questions and answers: for a replica link.
+    pub(super) fn into_stream(self) -> BufReader<Box<dyn Stream>> {
+        self.stream
+    }
+
     /// Whether the connection cannot be used any more.
     pub fn is_broken(&self) -> bool {
         self.is_broken
@@ -190,12 +196,7 @@ impl Session {
 
     /// Asks and waits for the answer, which may be an error of the server as a value.
     pub async fn ask_bytes(&mut self, words: &[&[u8]]) -> Result<Reply> {
-        let mut request = format!("*{}\r\n", words.len()).into_bytes();
-        for word in words {
-            request.extend_from_slice(format!("${}\r\n", word.len()).as_bytes());
-            request.extend_from_slice(word);
-            request.extend_from_slice(b"\r\n");
-        }
+        let request = request_of(words);
         self.is_broken = true;
         let limit = Duration::from_secs(ANSWER_SECONDS_MAX);
         let answer = tokio::time::timeout(limit, async {
@@ -239,15 +240,28 @@ impl Session {
     }
 }
 
+/// A question on the wire.
+pub(super) fn request_of(words: &[&[u8]]) -> Vec<u8> {
+    let mut request = format!("*{}\r\n", words.len()).into_bytes();
+    for word in words {
+        request.extend_from_slice(format!("${}\r\n", word.len()).as_bytes());
+        request.extend_from_slice(word);
+        request.extend_from_slice(b"\r\n");
+    }
+    request
+}
+
 /// What a server's error means.
-fn server_error(message: &str) -> Error {
+pub(super) fn server_error(message: &str) -> Error {
     let shown: String = message.chars().take(300).collect();
     let code = message.split(' ').next().unwrap_or_default();
     match code {
         "NOAUTH" | "WRONGPASS" => Error::new(Kind::Forbidden, format!("the server does not let us in: {shown}"))
             .hint("set 'password_file' of the instance, and 'user' if it is not the default user"),
-        "NOPERM" => Error::new(Kind::Forbidden, format!("the server refuses: {shown}"))
-            .hint("the agent's user needs: +info +config|get +bgrewriteaof +acl|list +module|list +time +ping"),
+        "NOPERM" => Error::new(Kind::Forbidden, format!("the server refuses: {shown}")).hint(
+            "the agent's user needs: +info +config|get +bgrewriteaof +acl|list +module|list +time +ping, and with \
+                 log = \"replication\" +psync +replconf",
+        ),
         "LOADING" | "BUSY" | "MASTERDOWN" => Error::new(Kind::Unreachable, format!("the server is not ready: {shown}")),
         _ => Error::new(Kind::Server, format!("the server says '{shown}'")),
     }

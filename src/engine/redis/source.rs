@@ -13,12 +13,13 @@ use std::time::Duration;
 use jiff::Timestamp;
 
 use crate::base::bulk::run_blocking;
-use crate::base::durable::write_file_durable;
+use crate::base::durable::{remove_dir_all_durable, write_file_durable};
 use crate::engine::ServerIdentity;
 use crate::engine::redis::hold::{HeldFile, Hold, LINK_ATTEMPTS};
-use crate::engine::redis::ondisk::aof::AofWalker;
+use crate::engine::redis::ondisk::aof::{AofWalker, Mark};
 use crate::engine::redis::ondisk::manifest::Manifest;
 use crate::engine::redis::session::Session;
+use crate::engine::redis::spool::SPOOL_DIR;
 use crate::engine::redis::{Inner, RedisSource};
 use crate::error::{Context, Error, Kind, Result};
 use crate::model::engine_kind::EngineKind;
@@ -198,7 +199,7 @@ impl Kept {
 }
 
 /// Makes sure that the server at the endpoint is the one that works in the data directory.
-async fn prove(source: &RedisSource, session: &mut Session) -> Result<()> {
+pub(super) async fn prove(source: &RedisSource, session: &mut Session) -> Result<()> {
     let dir = PathBuf::from(session.setting("dir").await?);
     let (wanted, found) = (source.data_dir.clone(), dir.clone());
     let is_same = run_blocking("data directory", move || {
@@ -281,6 +282,10 @@ async fn observe(source: &RedisSource, kept: &mut Kept) -> Result<Observation> {
     kept.hold = Some(hold.clone());
     let fingerprint = Fingerprint::of(&info);
     if kept.fingerprint.is_none() {
+        // As in `follow`: what an agent that followed the replication stream has left there.
+        let spool = source.data_dir.join(SPOOL_DIR);
+        run_blocking("replication spool", move || if spool.is_dir() { remove_dir_all_durable(&spool) } else { Ok(()) })
+            .await?;
         let path = fingerprint_path(&hold);
         kept.fingerprint = run_blocking("read fingerprint", move || Ok(std::fs::read_to_string(path).ok()))
             .await?
@@ -308,12 +313,12 @@ async fn observe(source: &RedisSource, kept: &mut Kept) -> Result<Observation> {
     })
 }
 
-fn hold_of(source: &RedisSource, settings: &BTreeMap<String, String>) -> Hold {
+pub(super) fn hold_of(source: &RedisSource, settings: &BTreeMap<String, String>) -> Hold {
     let setting = |name: &str| settings.get(name).map_or("", String::as_str);
     Hold::new(source.data_dir.join(setting("appenddirname")), setting("appendfilename"))
 }
 
-async fn server_time(session: &mut Session) -> Result<Timestamp> {
+pub(super) async fn server_time(session: &mut Session) -> Result<Timestamp> {
     let mut parts = session.ask(&["TIME"]).await?.list()?.into_iter();
     let mut next = || -> Result<i64> {
         let text = parts.next().unwrap_or(crate::engine::redis::session::Reply::Nothing).text()?;
@@ -347,7 +352,8 @@ async fn flushed_info(session: &mut Session) -> Result<BTreeMap<String, String>>
     Ok(info)
 }
 
-fn require_logging(source: &RedisSource, info: &BTreeMap<String, String>) -> Result<()> {
+/// An error unless the server has its data and follows nobody.
+pub(super) fn require_primary(source: &RedisSource, info: &BTreeMap<String, String>) -> Result<()> {
     let value = |key: &str| info.get(key).map_or("", String::as_str);
     let name = &source.name;
     if value("loading") == "1" {
@@ -357,6 +363,13 @@ fn require_logging(source: &RedisSource, info: &BTreeMap<String, String>) -> Res
         return Err(Error::new(Kind::Unsupported, format!("instance '{name}' is a replica"))
             .hint("configure keiki on the host of its primary; a replica becomes a source after it was promoted"));
     }
+    Ok(())
+}
+
+fn require_logging(source: &RedisSource, info: &BTreeMap<String, String>) -> Result<()> {
+    require_primary(source, info)?;
+    let value = |key: &str| info.get(key).map_or("", String::as_str);
+    let name = &source.name;
     if value("aof_enabled") != "1" {
         return Err(
             Error::new(Kind::Server, format!("instance '{name}' has no append-only file")).hint(APPEND_ONLY_HINT)
@@ -370,8 +383,8 @@ fn require_logging(source: &RedisSource, info: &BTreeMap<String, String>) -> Res
 }
 
 /// How the append-only file is turned on.
-pub const APPEND_ONLY_HINT: &str =
-    "turn it on without a restart: 'redis-cli CONFIG SET appendonly yes', then 'redis-cli CONFIG REWRITE' to keep it";
+pub const APPEND_ONLY_HINT: &str = "turn it on without a restart: 'redis-cli CONFIG SET appendonly yes', then 'redis-cli CONFIG REWRITE' to keep it; or \
+     write log = \"replication\" for this instance, which needs no setting of the server";
 
 /// Links what is new. Returns the manifest and all held files.
 async fn hold_new(
@@ -477,14 +490,20 @@ fn walk_on(path: &Path, walk: &mut Walk) -> Result<()> {
     // The server syncs once a second or never: what is archived must not be lost again by the source.
     file.sync_data().context(|| format!("cannot sync '{}'", path.display()))?;
     let mut walker = AofWalker::new(walk.boundary);
-    walk_file(&file, &mut walker, bytes, path)?;
+    walk_file(&file, &mut walker, bytes, path, |_| {})?;
     (walk.boundary, walk.durable_bytes) = (walker.boundary(), bytes);
     walk.last_second = walker.last_second().or(walk.last_second);
     Ok(())
 }
 
 /// Walks a file up to byte `to`, without reading the inside of long values. Blocking.
-fn walk_file(file: &File, walker: &mut AofWalker, to: u64, path: &Path) -> Result<()> {
+pub(super) fn walk_file(
+    file: &File,
+    walker: &mut AofWalker,
+    to: u64,
+    path: &Path,
+    mut visit: impl FnMut(Mark),
+) -> Result<()> {
     use std::os::unix::fs::FileExt;
     let mut piece = vec![0u8; 256 << 10];
     while walker.at() < to {
@@ -499,7 +518,7 @@ fn walk_file(file: &File, walker: &mut AofWalker, to: u64, path: &Path) -> Resul
         if read == 0 {
             break;
         }
-        walker.feed(&piece[..read], |_| {}).map_err(|damage| damage.of(&path.display().to_string()))?;
+        walker.feed(&piece[..read], &mut visit).map_err(|damage| damage.of(&path.display().to_string()))?;
     }
     Ok(())
 }

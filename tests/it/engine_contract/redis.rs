@@ -17,7 +17,7 @@ use crate::support::redis::{Client, Product, TestRedis};
 
 pub struct RedisSubject {
     pub server: TestRedis,
-    engine: Arc<RedisEngine>,
+    pub engine: Arc<RedisEngine>,
 }
 
 impl RedisSubject {

@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use keiki::engine::redis::RedisSource;
 use keiki::engine::redis::session::{Address, Endpoint};
+use keiki::engine::redis::{LogKind, RedisSource};
 use keiki::model::engine_kind::EngineKind;
 
 use super::hosts::wait_for;
@@ -133,6 +133,7 @@ impl TestRedis {
                 password_file: None,
                 run_as: server_user().name,
             },
+            log: LogKind::AppendOnlyFile,
             hold_limit_bytes: 1 << 30,
         }
     }

@@ -7,6 +7,11 @@
 //! genAofTimestampAnnotationIfNeeded).
 //!
 //! Values are counted, never kept: a command of any size takes the same few bytes of memory.
+//!
+//! In a file that the agent writes itself, from the replication stream (`spool`), stand annotations of its own, which a
+//! server passes over like all others: `#KEIKI-AT:<milliseconds>:<offset>`, what follows was received then or later;
+//! `#KEIKI-BY:<milliseconds>:<offset>`, everything that was executed by then stands before; `#KEIKI-OF:<id>:<offset>`, what
+//! follows belongs to this replication history. The offsets are those of the stream before the annotation.
 
 use crate::error::{Error, Kind};
 
@@ -17,6 +22,13 @@ const ANNOTATION_BYTES_MAX: usize = 1024;
 /// As much of a command's name as tells MULTI and EXEC from all others.
 const NAME_BYTES_KEPT: u64 = 8;
 const TIMESTAMP_PREFIX: &[u8] = b"#TS:";
+const RECEIVED_PREFIX: &str = "#KEIKI-AT:";
+const EXECUTED_PREFIX: &str = "#KEIKI-BY:";
+const HISTORY_PREFIX: &str = "#KEIKI-OF:";
+/// The number of a database in decimal.
+const DATABASE_BYTES_KEPT: usize = 10;
+/// A replication id has 40 letters (`CONFIG_RUN_ID_SIZE` in `src/server.h`).
+const HISTORY_BYTES: usize = 40;
 
 /// Something that was passed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -24,6 +36,11 @@ pub enum Mark {
     /// An annotation of time stands here, between commands and outside of any transaction: all that follows was executed
     /// in this second or later. Cutting at `at` leaves out everything from that second on.
     Second { at: u64, unix_seconds: i64 },
+    /// An annotation of the agent's: what follows from `end` on was received at this time or later, and begins with this
+    /// offset of the stream.
+    Received { at: u64, end: u64, unix_millis: i64, stream_offset: u64 },
+    /// An annotation of the agent's: everything that was executed by this time stands before it.
+    Executed { at: u64, end: u64, unix_millis: i64, stream_offset: u64 },
     /// A command, or a whole transaction, ends here.
     Boundary { at: u64 },
 }
@@ -41,6 +58,26 @@ impl AofDamage {
     pub fn of(&self, file: &str) -> Error {
         Error::new(Kind::Damaged, format!("append-only file '{file}' is damaged at byte {}: {}", self.at, self.why))
     }
+}
+
+/// The annotation that what follows was received at a time or later.
+pub fn received_line(unix_millis: i64, stream_offset: u64) -> String {
+    format!("{RECEIVED_PREFIX}{unix_millis}:{stream_offset}\r\n")
+}
+
+/// The annotation that everything that was executed by a time stands before it.
+pub fn executed_line(unix_millis: i64, stream_offset: u64) -> String {
+    format!("{EXECUTED_PREFIX}{unix_millis}:{stream_offset}\r\n")
+}
+
+/// The annotation that what follows belongs to a replication history.
+pub fn history_line(id: &str, stream_offset: u64) -> String {
+    format!("{HISTORY_PREFIX}{id}:{stream_offset}\r\n")
+}
+
+/// Whether this can be the id of a replication history.
+pub fn is_history_id(id: &str) -> bool {
+    id.len() == HISTORY_BYTES && id.bytes().all(|byte| byte.is_ascii_alphanumeric())
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -70,6 +107,13 @@ pub struct AofWalker {
     in_transaction: bool,
     boundary: u64,
     last_second: Option<i64>,
+    /// The second argument of a SELECT.
+    argument: Vec<u8>,
+    database: Option<u32>,
+    history: Option<String>,
+    /// What ended last says nothing about the data.
+    is_idle: bool,
+    changed: u64,
     damage: Option<AofDamage>,
 }
 
@@ -87,6 +131,11 @@ impl AofWalker {
             in_transaction: false,
             boundary: at,
             last_second: None,
+            argument: Vec::new(),
+            database: None,
+            history: None,
+            is_idle: true,
+            changed: at,
             damage: None,
         }
     }
@@ -106,10 +155,26 @@ impl AofWalker {
         self.last_second
     }
 
+    /// The database that was selected last, if any was.
+    pub fn database(&self) -> Option<u32> {
+        self.database
+    }
+
+    /// The replication history that was named last.
+    pub fn history(&self) -> Option<&str> {
+        self.history.as_deref()
+    }
+
+    /// Where the last command or transaction ended that may have changed data: what follows are annotations and what a
+    /// server says on its replication stream while nothing happens (PING, REPLCONF, SELECT).
+    pub fn changed(&self) -> u64 {
+        self.changed
+    }
+
     /// Bytes that follow and need not be shown to the walker: the inside of a value. See [`AofWalker::skip`].
     pub fn skippable(&self) -> u64 {
         match self.state {
-            State::Value { left } if !self.wants_name() => left,
+            State::Value { left } if !self.wants_name() && !self.wants_argument() => left,
             _ => 0,
         }
     }
@@ -142,6 +207,9 @@ impl AofWalker {
                     bytes = &bytes[passed..];
                     if self.state == State::Start && !self.in_transaction && self.boundary < self.at {
                         self.boundary = self.at;
+                        if !self.is_idle {
+                            self.changed = self.at;
+                        }
                         visit(Mark::Boundary { at: self.at });
                     }
                 }
@@ -171,11 +239,25 @@ impl AofWalker {
         self.arguments_left == self.arguments && (self.name.len() as u64) < NAME_BYTES_KEPT
     }
 
+    fn is_named(&self, name: &[u8]) -> bool {
+        self.name.eq_ignore_ascii_case(name)
+    }
+
+    fn wants_argument(&self) -> bool {
+        self.arguments == 2
+            && self.arguments_left == 1
+            && self.argument.len() < DATABASE_BYTES_KEPT
+            && self.is_named(b"SELECT")
+    }
+
     fn value(&mut self, bytes: &[u8], left: u64) -> usize {
         let passed = usize::try_from(left).unwrap_or(usize::MAX).min(bytes.len());
         if self.wants_name() {
             let room = (NAME_BYTES_KEPT as usize).saturating_sub(self.name.len());
             self.name.extend_from_slice(&bytes[..passed.min(room)]);
+        } else if self.wants_argument() {
+            let room = DATABASE_BYTES_KEPT.saturating_sub(self.argument.len());
+            self.argument.extend_from_slice(&bytes[..passed.min(room)]);
         }
         self.state = value_state(left - passed as u64);
         passed
@@ -200,10 +282,13 @@ impl AofWalker {
     fn end_command(&mut self) {
         self.state = State::Start;
         // Neither has arguments; in a transaction a second MULTI is an error that the server does not write down.
-        if self.arguments == 1 && self.name.eq_ignore_ascii_case(b"MULTI") {
+        self.is_idle = self.is_named(b"PING") || self.is_named(b"REPLCONF") || self.is_named(b"SELECT");
+        if self.arguments == 1 && self.is_named(b"MULTI") {
             self.in_transaction = true;
-        } else if self.arguments == 1 && self.name.eq_ignore_ascii_case(b"EXEC") {
+        } else if self.arguments == 1 && self.is_named(b"EXEC") {
             self.in_transaction = false;
+        } else if self.arguments == 2 && self.is_named(b"SELECT") {
+            self.database = number(&self.argument).and_then(|number| number.try_into().ok());
         }
     }
 
@@ -243,7 +328,11 @@ impl AofWalker {
 
     fn annotation(&mut self, visit: &mut impl FnMut(Mark)) -> Result<(), &'static str> {
         self.state = State::Start;
-        let Some(digits) = self.line.strip_prefix(TIMESTAMP_PREFIX) else { return Ok(()) };
+        self.is_idle = true;
+        let Some(digits) = self.line.strip_prefix(TIMESTAMP_PREFIX) else {
+            self.own_annotation(visit);
+            return Ok(());
+        };
         let text = std::str::from_utf8(digits).map_err(|_| "an annotation of time is no number")?;
         let unix_seconds = text.parse().map_err(|_| "an annotation of time is no number")?;
         self.last_second = Some(unix_seconds);
@@ -251,6 +340,28 @@ impl AofWalker {
             visit(Mark::Second { at: self.line_began, unix_seconds });
         }
         Ok(())
+    }
+
+    /// What looks like one of ours and is none is passed over like any other annotation.
+    fn own_annotation(&mut self, visit: &mut impl FnMut(Mark)) {
+        let Ok(text) = std::str::from_utf8(&self.line) else { return };
+        let (at, end) = (self.line_began, self.line_began.saturating_add(self.line.len() as u64 + 2));
+        let stamp = |prefix: &str| -> Option<(i64, u64)> {
+            let (millis, offset) = text.strip_prefix(prefix)?.split_once(':')?;
+            Some((millis.parse().ok()?, offset.parse().ok()?))
+        };
+        if self.in_transaction {
+            return;
+        }
+        if let Some((unix_millis, stream_offset)) = stamp(RECEIVED_PREFIX) {
+            visit(Mark::Received { at, end, unix_millis, stream_offset });
+        } else if let Some((unix_millis, stream_offset)) = stamp(EXECUTED_PREFIX) {
+            visit(Mark::Executed { at, end, unix_millis, stream_offset });
+        } else if let Some((id, _)) = text.strip_prefix(HISTORY_PREFIX).and_then(|rest| rest.split_once(':'))
+            && is_history_id(id)
+        {
+            self.history = Some(id.to_string());
+        }
     }
 
     fn header(&mut self) -> Result<(), &'static str> {
@@ -262,6 +373,7 @@ impl AofWalker {
             }
             (self.arguments, self.arguments_left) = (number, number);
             self.name.clear();
+            self.argument.clear();
             self.state = State::Argument;
         } else {
             if number > i64::MAX as u64 - self.at {

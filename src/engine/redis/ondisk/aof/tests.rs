@@ -182,3 +182,48 @@ fn a_cut_by_time_lies_before_the_first_annotation_that_is_not_earlier() {
     assert_eq!(cut(102), Some(second));
     assert_eq!(cut(103), None);
 }
+
+#[test]
+fn the_walker_knows_the_database_the_history_and_what_changes_nothing() {
+    let id = "0123456789abcdef0123456789abcdef01234567";
+    let select = |database: &str| String::from_utf8(command(&[b"select".to_vec(), database.into()])).unwrap();
+    let set = String::from_utf8(command(&[b"SET".to_vec(), b"k".to_vec(), b"SELECT".to_vec()])).unwrap();
+    let ping = String::from_utf8(command(&[b"PING".to_vec()])).unwrap();
+    let ask = String::from_utf8(command(&[b"REPLCONF".to_vec(), b"GETACK".to_vec(), b"*".to_vec()])).unwrap();
+    let head = history_line(id, 7) + &select("3") + &received_line(5, 7);
+    let text = format!("{head}{set}{ping}{ask}{}{}", executed_line(6, 9), select("12"));
+    for piece in [1, 2, 5, 1000] {
+        let mut walker = AofWalker::new(0);
+        let mut marks = Vec::new();
+        for part in text.as_bytes().chunks(piece) {
+            let seen = |mark: Mark| match mark {
+                Mark::Boundary { .. } | Mark::Second { .. } => {}
+                mark => marks.push(mark),
+            };
+            walker.feed(part, seen).unwrap();
+        }
+        assert_eq!((walker.database(), walker.history()), (Some(12), Some(id)));
+        assert_eq!(walker.changed(), (head.len() + set.len()) as u64, "{piece}");
+        let place = |line: String| {
+            let at = text.find(&line).unwrap() as u64;
+            (at, at + line.len() as u64)
+        };
+        let ((one, one_end), (two, two_end)) = (place(received_line(5, 7)), place(executed_line(6, 9)));
+        assert_eq!(
+            marks,
+            [
+                Mark::Received { at: one, end: one_end, unix_millis: 5, stream_offset: 7 },
+                Mark::Executed { at: two, end: two_end, unix_millis: 6, stream_offset: 9 },
+            ]
+        );
+    }
+}
+
+#[test]
+fn annotations_that_only_look_like_ours_are_passed_over() {
+    for line in ["#KEIKI-AT:\r\n", "#KEIKI-AT:x:1\r\n", "#KEIKI-OF:short:1\r\n", "#KEIKI-BY:1\r\n", "#else\r\n"] {
+        let mut walker = AofWalker::new(0);
+        walker.feed(line.as_bytes(), |mark| assert!(matches!(mark, Mark::Boundary { .. }), "{mark:?}")).unwrap();
+        assert_eq!((walker.history(), walker.boundary(), walker.changed()), (None, line.len() as u64, 0));
+    }
+}
