@@ -1,7 +1,11 @@
-//! Orders the backups that the configuration asks for, each when its window has come.
+//! Orders the backups that the configuration asks for, each when its window has come, and those that a hole in the log makes
+//! necessary.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
+
+use jiff::{SignedDuration, Timestamp};
 
 use crate::agent::config::next_start;
 use crate::agent::host::Host;
@@ -18,9 +22,14 @@ const LOOK_EVERY: Duration = Duration::from_secs(30);
 const BELIEVED: Duration = Duration::from_secs(3600);
 const BELIEVED_WHEN_DUE: Duration = Duration::from_secs(300);
 
+/// A backup that is taken because of a hole in the log is not tried more often than this, whatever comes of it: it may cost
+/// the server a fork.
+const BETWEEN_HOLES: SignedDuration = SignedDuration::from_mins(10);
+
 /// Runs until the agent stops.
 pub async fn run(host: Arc<Host>) {
     let local = jiff::tz::TimeZone::system();
+    let mut ordered_behind_hole: BTreeMap<String, Timestamp> = BTreeMap::new();
     loop {
         tokio::select! {
             () = host.stop.cancelled() => return,
@@ -29,6 +38,15 @@ pub async fn run(host: Arc<Host>) {
         host.repository.save_local_copy(false).await;
         let now = host.clock.now();
         for instance in host.instances() {
+            let name = &instance.config.name;
+            let is_patient = ordered_behind_hole.get(name).is_some_and(|at| now.duration_since(*at) < BETWEEN_HOLES);
+            if !is_patient && instance.is_behind_a_hole().await.unwrap_or(false) {
+                tracing::warn!("log of '{name}' is missing behind its newest backup: taking another one");
+                ordered_behind_hole.insert(name.clone(), now);
+                if let Err(error) = order(&host, name).await {
+                    tracing::warn!("cannot begin the backup of '{name}' behind the hole: {error}");
+                }
+            }
             let Some(schedule) = &instance.config.backup else { continue };
             let is_due = async |max_age| {
                 let last = instance.last_automatic_backup_began_at(max_age).await?;

@@ -19,6 +19,7 @@ use crate::job::archive::{ArchiveState, Archiver, ArchiverOptions};
 use crate::job::backup::BackupSource;
 use crate::job::ports::RepositoryDoor;
 use crate::model::backup::{Backup, BackupKind};
+use crate::model::engine_kind::EngineKind;
 use crate::model::id::IncarnationId;
 use crate::model::incarnation::LeaseHolder;
 use crate::model::window::Hole;
@@ -215,6 +216,26 @@ impl Supervisor {
         match tokio::time::timeout(STATUS_PATIENCE, backups.newest(incarnation, STATUS_MAX_AGE, |_| true)).await {
             Ok(Ok(newest)) => newest,
             Ok(Err(_)) | Err(_) => backups.newest_remembered(incarnation).await,
+        }
+    }
+
+    /// Whether log is missing between the newest backup and what is shipped now, so that nothing new can be cloned before
+    /// there is another backup. Asked of servers that may forget log without anybody's fault: Redis and Valkey, which keep
+    /// no more of it than they need themselves.
+    pub async fn is_behind_a_hole(&self) -> Result<bool> {
+        if !matches!(self.config.engine, EngineKind::Redis | EngineKind::Valkey) {
+            return Ok(false);
+        }
+        let archiver = self.archiver()?;
+        let status = archiver.status();
+        let Some(shipped) =
+            status.shipped.filter(|_| status.state == ArchiveState::Archiving && status.backlog_bytes == 0)
+        else {
+            return Ok(false);
+        };
+        match self.last_backup().await {
+            Some(backup) => Ok(!archiver.has_log(backup.start, shipped).await?),
+            None => Ok(false),
         }
     }
 
