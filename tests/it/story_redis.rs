@@ -9,7 +9,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -277,7 +277,7 @@ fn write_history(scene: &mut Scene) -> (Vec<Vec<Done>>, Done, Vec<Trial>) {
     disturb(source);
     ledger.grow(pause);
     let before = Timestamp::now();
-    source.client().run_bytes(&[b"SET", b"big", &big_value()]);
+    source.client().run_bytes(&[b"SET", b"big", big_value()]);
     let big = Done { before, after: Timestamp::now() };
     ledger.grow(pause);
     source.run(&["BGSAVE"]);
@@ -341,8 +341,10 @@ fn held_for_nothing(scene: &Scene) -> u64 {
     held()
 }
 
-fn big_value() -> Vec<u8> {
-    (0..BIG_VALUE_BYTES).map(|at| (at as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15).to_le_bytes()[7]).collect()
+fn big_value() -> &'static [u8] {
+    static VALUE: OnceLock<Vec<u8>> = OnceLock::new();
+    let byte = |at: usize| (at as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15).to_le_bytes()[7];
+    VALUE.get_or_init(|| (0..BIG_VALUE_BYTES).map(byte).collect())
 }
 
 /// Takes a backup; its clone must hold what was done before it began and nothing that began after it ended.
@@ -464,7 +466,7 @@ fn compare(
         return Err(format!("the value of 100 MB: {has_big}"));
     }
     if has_big {
-        model.run_bytes(&[b"SET", b"big", &big_value()]);
+        model.run_bytes(&[b"SET", b"big", big_value()]);
     }
     let (found, wanted) = (without_volatile(clone.dump()), without_volatile(model.dump()));
     if let Some(key) = found.keys().chain(wanted.keys()).find(|key| found.get(*key) != wanted.get(*key)) {

@@ -86,16 +86,16 @@ const DATABASES_DEFAULT: &str = "16";
 pub(super) struct Kept {
     /// The key with the counts.
     key: String,
-    /// The second before which a time had come; nothing if the log does not say.
-    by_second: Option<i64>,
+    /// The millisecond before which a time had come; nothing if the log does not say.
+    by_millis: Option<i64>,
 }
 
 /// Writes the increment that is loaded last. Blocking.
-pub(super) fn write(path: &Path, user: &User, site: &CloneSite, by_second: Option<i64>) -> Result<Kept> {
+pub(super) fn write(path: &Path, user: &User, site: &CloneSite, by_millis: Option<i64>) -> Result<Kept> {
     let key = format!("keiki:kept:{:016x}{:016x}", random_u64(), random_u64());
     let databases = site.facts.get(&format!("{SETTING_FACT_PREFIX}databases"));
     let databases = databases.map_or(DATABASES_DEFAULT, String::as_str);
-    let limit = by_second.unwrap_or(0).saturating_mul(1000).to_string();
+    let limit = by_millis.unwrap_or(0).to_string();
     let now = Timestamp::now().as_millisecond().to_string();
     let words = ["EVAL", SCRIPT, "1", &key, &limit, &now, databases];
     let mut command = format!("*{}\r\n", words.len());
@@ -108,7 +108,7 @@ pub(super) fn write(path: &Path, user: &User, site: &CloneSite, by_second: Optio
     let mut file = options.open(path).context(what)?;
     file.write_all(command.as_bytes()).context(what)?;
     give_to(user, path)?;
-    Ok(Kept { key, by_second })
+    Ok(Kept { key, by_millis })
 }
 
 /// Reads what the script has counted and removes it from the clone.
@@ -123,18 +123,18 @@ pub(super) async fn report(session: &mut Session, kept: &Kept) -> Result<CheckIt
         Error::new(Kind::Server, "the server did not run the script that keeps expired keys")
             .hint("order the clone without --keep-expired")
     })?;
-    Ok(item(counts, kept.by_second))
+    Ok(item(counts, kept.by_millis))
 }
 
 /// The line of the report. Pure.
-fn item([kept, expired, gone, fields, hidden]: [u64; 5], by_second: Option<i64>) -> CheckItem {
+fn item([kept, expired, gone, fields, hidden]: [u64; 5], by_millis: Option<i64>) -> CheckItem {
     let what = "expired keys";
     let mut found =
         format!("{kept} keys that had a time to live are kept without one; {expired} of them have expired since");
     if fields > 0 {
         found += &format!("; so are {fields} fields of hashes");
     }
-    found += &match by_second.and_then(|second| Timestamp::from_second(second).ok()) {
+    found += &match by_millis.and_then(|millis| Timestamp::from_millisecond(millis).ok()) {
         Some(at) => format!("; {gone} that had expired by {} are gone", utc_text(at)),
         None => "; the log has no times: what had expired before and was not removed yet is kept too".to_string(),
     };
@@ -155,7 +155,7 @@ mod tests {
 
     #[test]
     fn the_report_counts_what_is_kept_and_what_is_not() {
-        let found = item([7, 3, 2, 0, 0], Some(1_795_247_841));
+        let found = item([7, 3, 2, 0, 0], Some(1_795_247_841_000));
         assert_eq!(
             found.found,
             "7 keys that had a time to live are kept without one; 3 of them have expired since; 2 that had expired by \

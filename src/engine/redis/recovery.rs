@@ -19,19 +19,14 @@ use jiff::Timestamp;
 use tokio_util::sync::CancellationToken;
 
 use crate::base::bulk::run_blocking;
-use crate::base::child::ChildCommand;
 use crate::base::durable::{sync_filesystem, write_file_durable};
 use crate::base::ownership::{give_to, write_owned};
 use crate::base::users::User;
-use crate::engine::redis::backup::{
-    BASE_FACT, LOG_TIMES_FACT, LOG_TIMES_RECEIVED, LOG_TIMES_SECONDS, RDB_VERSION_FACT,
-};
+use crate::engine::redis::backup::{BASE_FACT, LOG_TIMES_FACT, LOG_TIMES_RECEIVED, LOG_TIMES_SECONDS};
 use crate::engine::redis::clone::Grounds;
 use crate::engine::redis::geometry::file_name;
 use crate::engine::redis::keep_expired::{self, Kept};
-use crate::engine::redis::ondisk::aof::{AofWalker, Mark};
 use crate::engine::redis::ondisk::manifest::{Manifest, ManifestPart, PartKind};
-use crate::engine::redis::ondisk::rdb::{RdbFamily, RdbVersion};
 use crate::engine::redis::server::stop_now;
 use crate::engine::redis::settings::{APPEND_DIR, APPEND_FILE, QUARANTINE_CONF_FILE, quarantine_conf};
 use crate::engine::{CloneSite, LogSource, Progress, Recovered};
@@ -41,20 +36,16 @@ use crate::model::check::CheckItem;
 use crate::model::position::Position;
 use crate::model::target::{Target, utc_text};
 
+mod cut;
+mod tools;
+
+pub(in crate::engine::redis) use cut::End;
+use cut::{Cut, Times};
+use tools::check_by_tool;
+
 /// Files up to this size come as a whole: they are read ahead.
 const WHOLE_FILE_BYTES_MAX: u64 = 64 << 20;
 const PIECE_BYTES: usize = 8 << 20;
-
-/// Where the log of a clone ends.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum End {
-    /// All there is.
-    Open,
-    /// At this place, or at the last command that ends before it.
-    At { number: u64, offset: u64 },
-    /// Before the first annotation of this time or a later one, in milliseconds since 1970.
-    Before(i64),
-}
 
 /// What was put together.
 #[derive(Debug)]
@@ -169,15 +160,6 @@ struct Assembly {
     end: Position,
     times: Times,
     log_bytes: u64,
-}
-
-/// The last times, in milliseconds since 1970, that the log of a clone says.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-struct Times {
-    /// At which something was executed or received.
-    last: Option<i64>,
-    /// By which everything that was executed is in it.
-    executed: Option<i64>,
 }
 
 impl Assembly {
@@ -345,14 +327,14 @@ impl Assembly {
 
     /// Adds the increment that keeps expired keys, behind all others.
     async fn keep_expired(&mut self, site: &CloneSite, end: End) -> Result<Kept> {
-        let by_second = match end {
-            End::BeforeSecond(second) => Some(second),
-            End::Open | End::At { .. } => self.last_second,
+        let by_millis = match end {
+            End::Before(millis) => Some(millis),
+            End::Open | End::At { .. } => self.times.last,
         };
         let sequence = self.increments.len() as u64 + 1;
         let name = format!("{APPEND_FILE}.{sequence}.incr.aof");
         let (path, user, site) = (self.dir.join(&name), self.user.clone(), site.clone());
-        let write = move || keep_expired::write(&path, &user, &site, by_second);
+        let write = move || keep_expired::write(&path, &user, &site, by_millis);
         let kept = run_blocking("keep expired keys", write).await?;
         self.increments.push(part(name, sequence, PartKind::Increment));
         Ok(kept)
@@ -370,121 +352,6 @@ fn make_file(path: &Path, user: &User) -> Result<File> {
     let file = file.context(what)?;
     give_to(user, path)?;
     Ok(file)
-}
-
-/// Finds out, while a log file passes by, how much of it is kept.
-struct Cut {
-    number: u64,
-    end: End,
-    walker: AofWalker,
-    /// Where to cut, as soon as that is certain.
-    found: Option<u64>,
-    /// The last boundary that is not behind a place that was ordered.
-    boundary: u64,
-    /// The last annotations: each time with its place. Two are enough, because a cut lies before the last.
-    times: [Option<(u64, i64)>; 2],
-    executed: [Option<(u64, i64)>; 2],
-}
-
-impl Cut {
-    /// Begins at byte `from` of a log file, which is a boundary.
-    fn new(number: u64, from: u64, end: End) -> Cut {
-        let walker = AofWalker::new(from);
-        Cut { number, end, walker, found: None, boundary: from, times: [None; 2], executed: [None; 2] }
-    }
-
-    fn is_found(&self) -> bool {
-        self.found.is_some()
-    }
-
-    fn feed(&mut self, bytes: &[u8]) -> Result<(), crate::engine::redis::ondisk::aof::AofDamage> {
-        let (number, end) = (self.number, self.end);
-        let (found, boundary) = (&mut self.found, &mut self.boundary);
-        let (times, executed) = (&mut self.times, &mut self.executed);
-        let mut time = |found: &mut Option<u64>, at: u64, unix_millis: i64| match end {
-            End::Before(limit) if unix_millis >= limit => *found = Some(at),
-            _ => push(times, at, unix_millis),
-        };
-        self.walker.feed(bytes, |mark| match (mark, end) {
-            _ if found.is_some() => {}
-            (Mark::Second { at, unix_seconds }, _) => time(found, at, unix_seconds.saturating_mul(1000)),
-            (Mark::Received { at, unix_millis, .. }, _) => time(found, at, unix_millis),
-            (Mark::Executed { at, unix_millis, .. }, _) => push(executed, at, unix_millis),
-            (Mark::Boundary { at }, End::At { number: last, offset }) if number == last => {
-                if at <= offset {
-                    *boundary = at;
-                }
-                if at >= offset {
-                    *found = Some(*boundary);
-                }
-            }
-            (Mark::Boundary { at }, _) => *boundary = at,
-        })
-    }
-
-    /// How many of the `read` bytes of the file are kept, once all of it has passed or the cut was found.
-    fn kept(&self, read: u64) -> Result<u64, crate::engine::redis::ondisk::aof::AofDamage> {
-        if let Some(found) = self.found {
-            return Ok(found);
-        }
-        self.walker.finish()?;
-        Ok(read)
-    }
-
-    /// The last annotations in what is kept.
-    fn times_kept(&self, kept: u64) -> Times {
-        let last =
-            |of: &[Option<(u64, i64)>]| of.iter().rev().flatten().find(|(at, _)| *at < kept).map(|(_, time)| *time);
-        Times { last: last(&self.times), executed: last(&self.executed) }
-    }
-}
-
-fn push(times: &mut [Option<(u64, i64)>; 2], at: u64, unix_millis: i64) {
-    times.rotate_left(1);
-    times[1] = Some((at, unix_millis));
-}
-
-/// Has the product's own tools read everything, where they are installed.
-///
-/// The tool for the append-only file does not know a base in the format of Valkey 9 and calls it not valid
-/// (valkey-check-aof 9.1): there the base is read by the tool for snapshots, and each increment by itself.
-async fn check_by_tool(grounds: &Grounds, site: &CloneSite, cancel: &CancellationToken) -> Result<Option<CheckItem>> {
-    let programs = &grounds.server.programs;
-    let Some(tool) = programs.check_tool("aof") else { return Ok(None) };
-    let dir = grounds.server.data_dir.join(APPEND_DIR);
-    let path = dir.join(format!("{APPEND_FILE}.manifest"));
-    let format = site.facts.get(RDB_VERSION_FACT).and_then(|text| RdbVersion::parse_text(text));
-    if format.is_none_or(|format| format.family == RdbFamily::Redis) {
-        check_file(grounds, &tool, &path, cancel).await?;
-        return Ok(Some(CheckItem::pass(programs.name_of_check("aof"), "found nothing wrong")));
-    }
-    let manifest = run_blocking("read manifest", move || {
-        let what = || format!("cannot read '{}'", path.display());
-        Manifest::parse(&std::fs::read(&path).context(what)?).context(what)
-    })
-    .await?;
-    for part in manifest.increments {
-        let path = dir.join(part.name);
-        if std::fs::metadata(&path).is_ok_and(|metadata| metadata.len() > 0) {
-            check_file(grounds, &tool, &path, cancel).await?;
-        }
-    }
-    if let (Some(base), Some(tool)) = (manifest.base, programs.check_tool("rdb")) {
-        check_file(grounds, &tool, &dir.join(base.name), cancel).await?;
-    }
-    let names = format!("{} and {}", programs.name_of_check("rdb"), programs.name_of_check("aof"));
-    Ok(Some(CheckItem::pass(names, "found nothing wrong")))
-}
-
-async fn check_file(grounds: &Grounds, tool: &Path, file: &Path, cancel: &CancellationToken) -> Result<()> {
-    let finished = ChildCommand::new(tool).arg(file).as_user(&grounds.server.user).run(cancel).await?;
-    if finished.status.success() {
-        return Ok(());
-    }
-    let name = tool.file_name().unwrap_or_default().to_string_lossy();
-    let said = finished.last_words().unwrap_or_else(|| finished.ending());
-    Err(Error::new(Kind::Damaged, format!("{name} refuses '{}' of the clone: {said}", file.display()))
-        .hint("choose another backup or target; 'keiki backup list' shows backups"))
 }
 
 /// Starts the server in quarantine, waits until it has loaded everything and asks it what that was.
@@ -550,76 +417,6 @@ fn keys_text(info: &std::collections::BTreeMap<String, String>) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    const LOG: &str = "#TS:100\r\n*1\r\n$1\r\nA\r\n#TS:102\r\n*1\r\n$5\r\nMULTI\r\n*1\r\n$1\r\nB\r\n*1\r\n$4\r\nEXEC\r\n*1\r\n$1\r\nC\r\n";
-
-    /// Bytes kept of a log as file 7, and the times that they reach.
-    fn cut_of(log: &str, from: u64, end: End) -> (u64, Times, bool) {
-        let mut outcomes = Vec::new();
-        for piece in [1, 3, 1000] {
-            let mut cut = Cut::new(7, from, end);
-            log.as_bytes()[from as usize..].chunks(piece).for_each(|part| cut.feed(part).unwrap());
-            let kept = cut.kept(log.len() as u64).unwrap();
-            outcomes.push((kept, cut.times_kept(kept), cut.is_found()));
-        }
-        assert!(outcomes.windows(2).all(|pair| pair[0] == pair[1]), "{outcomes:?}");
-        outcomes[0]
-    }
-
-    fn cut(end: End) -> (u64, Option<i64>, bool) {
-        let (kept, times, is_found) = cut_of(LOG, 0, end);
-        (kept, times.last, is_found)
-    }
-
-    #[test]
-    fn a_time_keeps_what_was_executed_before_that_second() {
-        let second = LOG.find("#TS:102").unwrap() as u64;
-        assert_eq!(cut(End::Before(100_000)), (0, None, true));
-        assert_eq!(cut(End::Before(101_000)), (second, Some(100_000), true));
-        assert_eq!(cut(End::Before(102_000)), (second, Some(100_000), true));
-        assert_eq!(cut(End::Before(103_000)), (LOG.len() as u64, Some(102_000), false));
-        assert_eq!(cut(End::Open), (LOG.len() as u64, Some(102_000), false));
-    }
-
-    #[test]
-    fn a_stream_keeps_what_was_received_before_and_says_what_was_executed() {
-        let (one, two) = ("*1\r\n$1\r\nA\r\n", "*1\r\n$1\r\nB\r\n");
-        let id = "a".repeat(40);
-        let log = format!(
-            "#KEIKI-OF:{id}:0\r\n#KEIKI-AT:1005:0\r\n{one}#KEIKI-BY:1007:11\r\n#KEIKI-AT:1009:11\r\n{two}#KEIKI-BY:1010:22\r\n"
-        );
-        let place = |text: &str| log.find(text).unwrap() as u64;
-        let times = |last, executed| Times { last, executed };
-        assert_eq!(cut_of(&log, 0, End::Before(1005)), (place("#KEIKI-AT:1005"), times(None, None), true));
-        let first = (place("#KEIKI-AT:1009"), times(Some(1005), Some(1007)), true);
-        assert_eq!(cut_of(&log, 0, End::Before(1006)), first);
-        assert_eq!(cut_of(&log, 0, End::Before(1009)), first);
-        let all = (log.len() as u64, times(Some(1009), Some(1010)), false);
-        assert_eq!(cut_of(&log, 0, End::Before(1010)), all);
-        // A backup that begins inside the file: what is before is not looked at.
-        let from = place("#KEIKI-BY:1007");
-        assert_eq!(cut_of(&log, from, End::Before(1009)), (place("#KEIKI-AT:1009"), times(None, Some(1007)), true));
-        assert_eq!(cut_of(&log, from, End::At { number: 7, offset: from }).0, from);
-    }
-
-    #[test]
-    fn a_position_inside_a_transaction_keeps_none_of_it() {
-        let (multi, exec_end) = (LOG.find("*1\r\n$5").unwrap() as u64, LOG.find("*1\r\n$1\r\nC").unwrap() as u64);
-        for offset in multi..exec_end {
-            assert_eq!(cut(End::At { number: 7, offset }).0, multi, "{offset}");
-        }
-        assert_eq!(cut(End::At { number: 7, offset: exec_end }).0, exec_end);
-        assert_eq!(cut(End::At { number: 7, offset: 1 << 40 }).0, LOG.len() as u64);
-        // The end lies in a later file: all of this one is kept.
-        assert_eq!(cut(End::At { number: 8, offset: 1 }), (LOG.len() as u64, Some(102_000), false));
-    }
-
-    #[test]
-    fn a_log_that_is_torn_is_refused() {
-        let mut cut = Cut::new(7, 0, End::Open);
-        cut.feed(&LOG.as_bytes()[..LOG.len() - 3]).unwrap();
-        assert!(cut.kept(LOG.len() as u64 - 3).is_err());
-    }
 
     #[test]
     fn the_keys_of_every_database_are_told() {
