@@ -341,10 +341,10 @@ async fn receive(shared: &Arc<Shared>, mut link: Link, mut session: Session) -> 
             _ = tick.tick() => {
                 link.acknowledge(received).await?;
                 if received != asked_at {
-                    if session.is_broken() {
+                    if session.has_ended().await {
                         session = Session::open(&shared.source.endpoint).await?;
                     }
-                    // The server may have ended it, because nothing was asked for long (`timeout`): then next time.
+                    // If it has ended at this very moment: then next time.
                     let Ok((at, Backlog { history, offset, .. })) = ask_executed(&mut session).await else { continue };
                     if shared.link.borrow().place.as_ref().is_some_and(|place| place.history == history) {
                         shared.with_spool(move |spool| spool.note_executed(at.as_millisecond(), offset)).await?;

@@ -9,7 +9,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader};
+use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader};
 
 use crate::base::bulk::run_blocking;
 use crate::base::users::{User, connect_unix_as};
@@ -180,9 +180,12 @@ impl Session {
         self.stream
     }
 
-    /// Whether the connection cannot be used any more.
-    pub fn is_broken(&self) -> bool {
-        self.is_broken
+    /// Whether the connection cannot be used any more: because an answer did not come, or because the server has ended it
+    /// since, when it was restarted or ends idle connections (`timeout`). Asking then would be an error that says nothing
+    /// about the server as it is now.
+    pub async fn has_ended(&mut self) -> bool {
+        // Nothing is expected before something is asked, so anything that can be read now is the end, or worse.
+        self.is_broken || tokio::time::timeout(Duration::ZERO, self.stream.fill_buf()).await.is_ok()
     }
 
     /// Asks and waits for the answer. An error of the server is an error.

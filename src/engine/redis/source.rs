@@ -178,15 +178,14 @@ impl Inner {
 
 impl Kept {
     async fn session(&mut self, source: &RedisSource) -> Result<&mut Session> {
-        let open = match self.session.take().filter(|session| !session.is_broken()) {
-            Some(session) => session,
-            None => {
-                let mut session = Session::open(&source.endpoint).await?;
-                prove(source, &mut session).await?;
-                session
-            }
-        };
-        Ok(self.session.insert(open))
+        if let Some(mut session) = self.session.take()
+            && !session.has_ended().await
+        {
+            return Ok(self.session.insert(session));
+        }
+        let mut session = Session::open(&source.endpoint).await?;
+        prove(source, &mut session).await?;
+        Ok(self.session.insert(session))
     }
 
     /// Gives up a session after anything but a plain refusal.
