@@ -1,4 +1,4 @@
-//! Everything that could hurt later, looked at now: configuration, permissions, servers, repository, peers.
+//! Everything that could hurt later, looked at now: configuration, permissions, servers, repository, groups, peers.
 
 use std::path::Path;
 use std::time::Duration;
@@ -9,10 +9,13 @@ use crate::agent::config::Config;
 use crate::agent::host::Host;
 use crate::base::durable;
 use crate::base::users;
-use crate::error::Error;
+use crate::error::{Error, Kind, Result};
+use crate::job::window::window_of;
 use crate::model::bytes_text::human_bytes;
 use crate::model::check::CheckItem;
+use crate::model::group::Group;
 use crate::peer::api::{Request, Response};
+use crate::repo::incarnations::Incarnations;
 
 /// Clocks that differ by more make 'clone as of 12:00:00' mean two things.
 const CLOCK_OFFSET_SECONDS_MAX: i64 = 2;
@@ -40,10 +43,38 @@ pub async fn examine(host: &Host) -> Vec<CheckItem> {
             items.push(failed(format!("{name}: archiving"), &problem));
         }
     }
+    for group in &host.config.groups {
+        items.push(group_item(host, group).await);
+    }
     for peer in &host.config.peers {
         items.push(peer_item(host, &peer.name).await);
     }
     items
+}
+
+/// Whether every member of a group could be cloned: one that could not makes a clone of the group impossible.
+async fn group_item(host: &Host, group: &Group) -> CheckItem {
+    let what = format!("group '{}'", group.name);
+    let mut members = Vec::new();
+    for name in &group.members {
+        match reachable_member(host, name).await {
+            Ok(member) => members.push(member),
+            Err(error) => return failed(what, &error),
+        }
+    }
+    CheckItem::pass(what, members.join(", "))
+}
+
+/// `host/instance` of a member; an error if nothing of it was archived, or no backup is there.
+async fn reachable_member(host: &Host, name: &str) -> Result<String> {
+    let repository = host.repository.get().await?;
+    let source = Incarnations::new(repository.clone()).find(name).await?;
+    let member = format!("{}/{}", source.host, source.instance);
+    if window_of(&repository, &source, None).await?.reaches.is_empty() {
+        return Err(Error::new(Kind::NotFound, format!("there is no backup of '{member}' yet"))
+            .hint(format!("take one: 'keiki backup create {}' on host '{}'", source.instance, source.host)));
+    }
+    Ok(member)
 }
 
 /// An error as a failed item; its hint stays.

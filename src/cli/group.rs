@@ -83,3 +83,75 @@ fn name_of(member: &JobReport) -> &str {
 pub fn refuse(group: &str, option: &str, hint: &str) -> Error {
     Error::new(Kind::BadInput, format!("cannot clone group '{group}' with {option}: it means one instance")).hint(hint)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::group::GroupOrder;
+    use crate::model::id::JobId;
+    use crate::model::job::{CloneOrder, JobState, Order, ProgressUnit, StepState};
+    use crate::model::target::Target;
+
+    fn job(task: Task, steps: &[&str], results: &[(&str, &str)]) -> JobReport {
+        let step = |name: &&str| StepReport {
+            name: name.to_string(),
+            state: StepState::Done,
+            done: 0,
+            total: 0,
+            unit: ProgressUnit::Items,
+            note: String::new(),
+            began_at: None,
+            ended_at: None,
+        };
+        JobReport {
+            order: Order { id: JobId::fresh(), by: "local:root".into(), task },
+            state: JobState::Held,
+            began_at: jiff::Timestamp::UNIX_EPOCH,
+            ended_at: None,
+            steps: steps.iter().map(step).collect(),
+            results: results.iter().map(|(name, value)| (name.to_string(), value.to_string())).collect(),
+            checks: vec![],
+            error: None,
+        }
+    }
+
+    fn member(name: &str, results: &[(&str, &str)]) -> JobReport {
+        let order = CloneOrder {
+            source: "db1/x".into(),
+            clone_name: name.into(),
+            target: Target::Latest,
+            data_dir: None,
+            port: None,
+            settings: Default::default(),
+            hold: true,
+            passwords_for: Default::default(),
+            keep_expired: false,
+            ties: Default::default(),
+        };
+        job(Task::Clone(order), &["claim", "check", "stage", "accept"], results)
+    }
+
+    #[test]
+    fn a_group_is_shown_with_the_steps_and_the_results_of_its_members() {
+        let order = GroupOrder {
+            group: "shop".into(),
+            clone_name: "check".into(),
+            sources: vec!["orders".into(), "cart".into()],
+            target: Target::Latest,
+            hold: true,
+        };
+        let group = job(Task::CloneGroup(order), &["claim", "check", "grow", "accept"], &[]);
+        let reached = "1@0/3000060, last transaction at 2026-11-21 14:03:19.5Z";
+        let orders = member("check-orders", &[("engine", "postgres 15.18"), ("reached", reached), ("port", "5500")]);
+        let cart = member("check-cart", &[("engine", "redis 7.0.15")]);
+        let steps = with_steps_of_members(&group, &[orders.clone(), cart.clone()]).steps;
+        let names: Vec<&str> = steps.iter().map(|step| step.name.as_str()).collect();
+        let of_members = ["check-orders stage", "check-orders accept", "check-cart stage", "check-cart accept"];
+        assert_eq!(names, [&["claim", "check", "grow"][..], &of_members, &["accept"]].concat());
+        insta::assert_snapshot!(table_of(&[orders, cart]), @r"
+        MEMBER        ENGINE          STATE  REACHED      LAST TRANSACTION        PORT
+        check-orders  postgres 15.18  held   1@0/3000060  2026-11-21 14:03:19.5Z  5500
+        check-cart    redis 7.0.15    held   -            -                       -
+        ");
+    }
+}

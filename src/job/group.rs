@@ -204,10 +204,8 @@ impl GroupWork {
             let ready = reports.iter().filter(|report| wanted.contains(&report.state)).count();
             context.progress().set(ready as u64, ids.len() as u64);
             context.progress().note(reports.iter().map(brief).collect::<Vec<_>>().join("; "));
-            let has_failed = |report: &&JobReport| matches!(report.state, JobState::Failed | JobState::Cancelled);
-            let failed: Vec<&JobReport> = reports.iter().filter(has_failed).collect();
-            if !failed.is_empty() {
-                return Err(self.failure(context.order.id, &failed));
+            if reports.iter().any(has_failed) {
+                return Err(self.failure(context.order.id, &reports));
             }
             if ready == ids.len() {
                 return Ok(reports);
@@ -220,12 +218,20 @@ impl GroupWork {
         }
     }
 
-    /// What went wrong, and what can be done now. The other members stay closed, so that going on costs only what failed.
-    fn failure(&self, id: JobId, failed: &[&JobReport]) -> Error {
-        let name_of = |report: &JobReport| report.order.task.clone_name().unwrap_or_default().to_string();
-        let names: Vec<String> = failed.iter().map(|report| format!("'{}'", name_of(report))).collect();
+    /// What went wrong, and what can be done now. The other members stay as they are, so that going on costs only what
+    /// failed.
+    fn failure(&self, id: JobId, members: &[JobReport]) -> Error {
+        let named = |report: &JobReport| format!("'{}'", report.order.task.clone_name().unwrap_or_default());
+        let failed: Vec<&JobReport> = members.iter().filter(|report| has_failed(report)).collect();
+        let names: Vec<String> = failed.iter().map(|report| named(report)).collect();
+        let is_open = |report: &&JobReport| report.state == JobState::Done;
+        let open: Vec<String> = members.iter().filter(is_open).map(named).collect();
+        let others = match open.is_empty() {
+            true => "the other members wait closed".to_string(),
+            false => format!("open already: {}", open.join(", ")),
+        };
         let next = format!(
-            "the other members wait closed: 'keiki job resume {id}' goes on, 'keiki discard {}' deletes all of them",
+            "{others}: 'keiki job resume {id}' goes on, 'keiki discard {}' deletes all members",
             self.order.clone_name
         );
         let first = failed.iter().find_map(|report| report.error.clone());
@@ -272,6 +278,10 @@ pub async fn remove_accepted_group(host: &CloneHost, runner: &JobRunner, order: 
         }
     }
     Ok(())
+}
+
+fn has_failed(report: &JobReport) -> bool {
+    matches!(report.state, JobState::Failed | JobState::Cancelled)
 }
 
 /// A member in a few words: `check-orders: recover, 1.0 GiB of 3.0 GiB`.

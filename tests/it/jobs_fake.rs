@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -15,6 +15,7 @@ use keiki::error::{Error, Kind, Result};
 use keiki::job::archive::{Archiver, ArchiverOptions};
 use keiki::job::backup::{BackupSource, BackupWork};
 use keiki::job::clone::{CloneHost, CloneWork, Grower};
+use keiki::job::group::GroupWork;
 use keiki::job::ports::{InstanceRegistry, NewInstance, RepositoryDoor, SourceAgents, TakenPlace};
 use keiki::job::{JobRunner, Restart, RunnerOptions, StepContext, StepPlan, UndoCause, Work, Workshop};
 use keiki::model::backup::BackupKind;
@@ -31,6 +32,7 @@ use keiki::store::memory::MemoryStore;
 use tokio::sync::Notify;
 
 mod clones;
+mod groups;
 mod kills;
 
 /// Two hosts: `a` has the database and archives it, `b` grows clones.
@@ -45,6 +47,14 @@ struct World {
     archiver: Arc<Archiver>,
     registry: Arc<Registry>,
     death: Arc<Death>,
+    /// A second source on host `a`, for those who need two.
+    cart: Option<Cart>,
+}
+
+struct Cart {
+    database: Arc<FakeDatabase>,
+    engine: Arc<FakeEngine>,
+    archiver: Arc<Archiver>,
 }
 
 impl World {
@@ -72,6 +82,34 @@ impl World {
             archiver,
             registry: Arc::default(),
             death: Arc::default(),
+            cart: None,
+        }
+    }
+
+    async fn add_cart(&mut self) {
+        let path = self.directory.path().join("cart");
+        let database = Arc::new(FakeDatabase::create(&path, self.clock.clone()).unwrap());
+        let engine = Arc::new(FakeEngine::new(database.clone()));
+        let archiver =
+            claim("cart", "a", self.directory.path(), engine.clone(), &self.repo, &self.clock).await.unwrap();
+        self.cart = Some(Cart { database, engine, archiver });
+    }
+
+    fn archivers(&self) -> Vec<Arc<Archiver>> {
+        std::iter::once(self.archiver.clone()).chain(self.cart.iter().map(|cart| cart.archiver.clone())).collect()
+    }
+
+    fn backup_source(&self, instance: &str, engine: &Arc<FakeEngine>, archiver: &Arc<Archiver>) -> BackupSource {
+        BackupSource {
+            instance: instance.into(),
+            host: "a".into(),
+            engine: engine.clone(),
+            archiver: {
+                let archiver = archiver.clone();
+                Arc::new(move || Ok(archiver.clone()))
+            },
+            spool_dir: self.directory.path().join("spool"),
+            clock: self.clock.clone(),
         }
     }
 
@@ -86,22 +124,15 @@ impl World {
     /// The agent of host `b`, as it starts: it picks up what was interrupted.
     async fn agent(&self) -> JobRunner {
         let shop = Arc::new(Shop {
-            backup: BackupSource {
-                instance: "orders".into(),
-                host: "a".into(),
-                engine: self.engine.clone(),
-                archiver: {
-                    let archiver = self.archiver.clone();
-                    Arc::new(move || Ok(archiver.clone()))
-                },
-                spool_dir: self.directory.path().join("spool"),
-                clock: self.clock.clone(),
-            },
+            backup: self.backup_source("orders", &self.engine, &self.archiver),
+            backup_of_cart: self.cart.as_ref().map(|cart| self.backup_source("cart", &cart.engine, &cart.archiver)),
+            runner: OnceLock::new(),
             host: self.clone_host(),
             death: self.death.clone(),
         });
         let state = self.directory.path().join("b");
-        let runner = JobRunner::open(&state, shop, self.clock.clone(), RunnerOptions::default()).unwrap();
+        let runner = JobRunner::open(&state, shop.clone(), self.clock.clone(), RunnerOptions::default()).unwrap();
+        assert!(shop.runner.set(runner.clone()).is_ok());
         runner.recover_interrupted().await;
         runner
     }
@@ -121,7 +152,7 @@ impl World {
                 Grower { engine: Arc::new(FakeCloneEngine), run_as: current_user().unwrap().name, bin_dir: None },
             )]),
             repository: Arc::new(Door(self.repo.clone())),
-            sources: Arc::new(Sources(self.archiver.clone())),
+            sources: Arc::new(Sources(self.archivers())),
             registry: self.registry.clone(),
             clock: self.clock.clone(),
         })
@@ -132,8 +163,12 @@ impl World {
     }
 
     async fn back_up(&self) {
+        self.back_up_instance("orders").await;
+    }
+
+    async fn back_up_instance(&self, instance: &str) {
         let agent = self.agent().await;
-        let task = Task::Backup { instance: "orders".into(), kind: BackupKind::Manual };
+        let task = Task::Backup { instance: instance.into(), kind: BackupKind::Manual };
         let report = run(&agent, Order { id: JobId::fresh(), by: "local:root".into(), task }).await;
         assert_eq!(report.state, JobState::Done, "{:?}", report.error);
         agent.shut_down().await;
@@ -221,15 +256,15 @@ impl RepositoryDoor for Door {
     }
 }
 
-struct Sources(Arc<Archiver>);
+struct Sources(Vec<Arc<Archiver>>);
 
 #[async_trait]
 impl SourceAgents for Sources {
     async fn ship_now(&self, host: &str, incarnation: IncarnationId) -> Result<DurableEnd> {
-        if (host, incarnation) != ("a", self.0.incarnation()) {
-            return Err(Error::new(Kind::NotFound, format!("host '{host}' does not archive '{incarnation}'")));
+        match self.0.iter().find(|archiver| (host, incarnation) == ("a", archiver.incarnation())) {
+            Some(archiver) => archiver.ship_now().await,
+            None => Err(Error::new(Kind::NotFound, format!("host '{host}' does not archive '{incarnation}'"))),
         }
-        self.0.ship_now().await
     }
 }
 
@@ -300,6 +335,8 @@ impl Death {
 
 struct Shop {
     backup: BackupSource,
+    backup_of_cart: Option<BackupSource>,
+    runner: OnceLock<JobRunner>,
     host: Arc<CloneHost>,
     death: Arc<Death>,
 }
@@ -307,9 +344,15 @@ struct Shop {
 impl Workshop for Shop {
     fn work(&self, order: &Order) -> Result<Arc<dyn Work>> {
         let inner: Arc<dyn Work> = match &order.task {
-            Task::Backup { kind, .. } => Arc::new(BackupWork::new(self.backup.clone(), *kind, 2)),
+            Task::Backup { instance, kind } => {
+                let source = self.backup_of_cart.as_ref().filter(|_| instance == "cart").unwrap_or(&self.backup);
+                Arc::new(BackupWork::new(source.clone(), *kind, 2))
+            }
             Task::Clone(clone) => Arc::new(CloneWork::new(self.host.clone(), clone.clone())?),
-            Task::CloneGroup(_) => unreachable!("no test here orders a group"),
+            Task::CloneGroup(group) => {
+                let runner = self.runner.get().expect("the agent has begun").clone();
+                Arc::new(GroupWork::new(self.host.clone(), runner, group.clone())?)
+            }
         };
         Ok(Arc::new(Mortal { inner, death: self.death.clone() }))
     }
