@@ -18,6 +18,7 @@ mod damage;
 mod mask;
 mod messages;
 mod place;
+mod redis;
 mod strangers;
 mod typed;
 

@@ -29,6 +29,7 @@ mod s3_wire;
 mod story_s3;
 mod story_slot;
 mod redis_expired;
+mod redis_left_behind;
 mod redis_source;
 mod redis_stream;
 mod store_contract;

@@ -20,14 +20,13 @@ use jiff::Timestamp;
 use tokio_util::sync::CancellationToken;
 
 use crate::base::bulk::run_on_thread;
-use crate::engine::redis::Inner;
-use crate::engine::redis::cluster;
 use crate::engine::redis::ondisk::aof::AofWalker;
 use crate::engine::redis::ondisk::manifest::ManifestPart;
 use crate::engine::redis::ondisk::rdb::{HEADER_BYTES_WANTED, RdbCheck, RdbHeader, RdbVerdict};
 use crate::engine::redis::session::{Reply, Session};
 use crate::engine::redis::settings::{ACL_FACT_PREFIX, APPEND_DIR, APPEND_FILE, Module, facts_of_settings};
 use crate::engine::redis::source::Observation;
+use crate::engine::redis::{Inner, cluster, left_behind};
 use crate::engine::{BaseSink, BaseSpan};
 use crate::error::{Context, Error, Kind, Result};
 use crate::model::backup::{FileKind, FileMeta};
@@ -297,6 +296,8 @@ impl BaseCheck {
 pub(super) async fn server_facts(session: &mut Session) -> Result<Vec<(String, String)>> {
     let settings = session.settings("*").await?;
     let mut facts: Vec<(String, String)> = facts_of_settings(&settings).collect();
+    facts.extend(left_behind::facts(&settings));
+    facts.extend(left_behind::renamed_fact(&unknown_commands(session).await?));
     for (number, line) in session.ask(&["ACL", "LIST"]).await?.list()?.into_iter().enumerate() {
         facts.push((format!("{ACL_FACT_PREFIX}{number}"), line.text()?));
     }
@@ -305,6 +306,15 @@ pub(super) async fn server_facts(session: &mut Session) -> Result<Vec<(String, S
     }
     facts.extend(cluster::facts_of(session, &settings).await?);
     Ok(facts)
+}
+
+/// Commands that everybody knows and the server does not. Best effort: a user of few rights may not ask.
+async fn unknown_commands(session: &mut Session) -> Result<Vec<&'static str>> {
+    let mut words: Vec<&[u8]> = vec![b"COMMAND", b"INFO"];
+    words.extend(left_behind::OFTEN_RENAMED.iter().map(|name| name.as_bytes()));
+    let Reply::List(known) = session.ask_bytes(&words).await? else { return Ok(Vec::new()) };
+    let rows = left_behind::OFTEN_RENAMED.into_iter().zip(known);
+    Ok(rows.filter(|(_, reply)| *reply == Reply::Nothing).map(|(name, _)| name).collect())
 }
 
 /// One entry of MODULE LIST: names and values in turn.

@@ -2,8 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use crate::engine::redis::Inner;
 use crate::engine::redis::source::{APPEND_ONLY_HINT, product_of};
+use crate::engine::redis::{Inner, permissions};
 use crate::error::{Context, Result};
 use crate::model::bytes_text::human_bytes;
 use crate::model::check::CheckItem;
@@ -40,10 +40,12 @@ pub(super) async fn check_source(inner: &Inner) -> Result<Vec<CheckItem>> {
     let name = &inner.source().name;
     let asked = inner.with_session(async |session| {
         let info = session.info(&["server", "persistence", "replication", "cluster"]).await?;
-        Ok((info, session.settings("*").await?))
+        let settings = session.settings("*").await?;
+        Ok((info, settings, permissions::check(session, &inner.source().endpoint, inner.source().log).await?))
     });
-    let (info, settings) = asked.await.context(|| format!("cannot ask instance '{name}'"))?;
+    let (info, settings, may) = asked.await.context(|| format!("cannot ask instance '{name}'"))?;
     let mut items = about_server(&info, &settings);
+    items.push(may);
     if items.iter().all(|item| item.verdict != crate::model::check::Verdict::Fail) {
         items.push(match inner.observe().await {
             Ok(seen) => {

@@ -13,7 +13,7 @@ use crate::engine::redis::clone::RedisCloner;
 use crate::engine::redis::ondisk::rdb::{RdbFamily, RdbVersion};
 use crate::engine::redis::passwords;
 use crate::engine::redis::recovery::{end_of, is_received};
-use crate::engine::redis::settings::{check_ordered, modules};
+use crate::engine::redis::settings::{SETTING_FACT_PREFIX, check_ordered, modules};
 use crate::engine::redis::source::product_name;
 use crate::error::Result;
 use crate::model::bytes_text::human_bytes;
@@ -42,6 +42,7 @@ pub(super) async fn check_target(site: &CloneSite, target: &Target, cloner: &Red
     items.extend(passwords::check(site));
     items.extend(module_item(site));
     items.extend(memory_item(site));
+    items.extend(limit_item(site));
     Ok(items)
 }
 
@@ -132,6 +133,48 @@ fn module_item(site: &CloneSite) -> Option<CheckItem> {
     })
 }
 
+/// A limit that was ordered and is below what the data take: the accepted clone would throw keys away, or take no writes.
+fn limit_item(site: &CloneSite) -> Option<CheckItem> {
+    let ordered = |wanted: &str| {
+        site.settings.iter().find(|(name, _)| name.eq_ignore_ascii_case(wanted)).map(|(_, value)| value.as_str())
+    };
+    let limit = memory_bytes(ordered("maxmemory")?)?;
+    let used: u64 = site.facts.get(USED_MEMORY_FACT)?.parse().ok()?;
+    if limit == 0 || limit >= used {
+        return None;
+    }
+    let found = format!("{} ordered, the data of the source take {}", human_bytes(limit), human_bytes(used));
+    let kept = site.facts.get(&format!("{SETTING_FACT_PREFIX}maxmemory-policy")).map(String::as_str);
+    let policy = ordered("maxmemory-policy").or(kept).unwrap_or("noeviction");
+    let what = "maxmemory";
+    Some(if policy.eq_ignore_ascii_case("noeviction") {
+        CheckItem::warn(what, format!("{found}: the clone will refuse writes"), "order a larger one, or none")
+    } else {
+        CheckItem::fail(
+            what,
+            format!("{found}: with '{policy}' the clone would throw keys away as soon as it is open"),
+            "order a larger one, or --set maxmemory-policy=noeviction",
+        )
+    })
+}
+
+/// `2gb` as the server reads it (`memtoull` in `src/util.c`): k and kb, m and mb, g and gb; those with a b are binary.
+fn memory_bytes(text: &str) -> Option<u64> {
+    let text = text.to_ascii_lowercase();
+    let digits = text.find(|letter: char| !letter.is_ascii_digit()).unwrap_or(text.len());
+    let unit: u64 = match &text[digits..] {
+        "" | "b" => 1,
+        "k" => 1000,
+        "kb" => 1 << 10,
+        "m" => 1_000_000,
+        "mb" => 1 << 20,
+        "g" => 1_000_000_000,
+        "gb" => 1 << 30,
+        _ => return None,
+    };
+    text[..digits].parse::<u64>().ok()?.checked_mul(unit)
+}
+
 fn memory_item(site: &CloneSite) -> Option<CheckItem> {
     let wanted: u64 = site.facts.get(USED_MEMORY_FACT)?.parse().ok()?;
     let available = memory()?.available_bytes;
@@ -210,6 +253,24 @@ mod tests {
         );
         assert_eq!(ask("received", &at("2026-11-21 10:00:00.5Z")), None);
         assert_eq!(ask("yes", &Target::Name("x".into())).unwrap().verdict, Verdict::Fail);
+    }
+
+    #[test]
+    fn a_limit_below_the_data_is_refused_if_keys_would_be_thrown_away_for_it() {
+        let ask = |settings: &[(&str, &str)]| {
+            let mut site = site("7.0.0", &[(USED_MEMORY_FACT, "5000000"), ("setting.maxmemory-policy", "allkeys-lru")]);
+            site.settings = settings.iter().map(|(name, value)| (name.to_string(), value.to_string())).collect();
+            limit_item(&site).map(|item| item.verdict)
+        };
+        assert_eq!(ask(&[]), None);
+        assert_eq!(ask(&[("MaxMemory", "5mb")]), None);
+        assert_eq!(ask(&[("maxmemory", "0")]), None);
+        assert_eq!(ask(&[("maxmemory", "4mb")]), Some(Verdict::Fail));
+        assert_eq!(ask(&[("maxmemory", "4m"), ("maxmemory-policy", "noeviction")]), Some(Verdict::Warn));
+        assert_eq!(
+            (memory_bytes("2GB"), memory_bytes("1x"), memory_bytes("99999999999gb")),
+            (Some(2 << 30), None, None)
+        );
     }
 
     #[test]

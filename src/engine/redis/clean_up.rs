@@ -8,11 +8,11 @@ use crate::base::durable::write_file_durable;
 use crate::base::ownership::write_owned;
 use crate::base::random::random_u64;
 use crate::engine::redis::clone::Grounds;
-use crate::engine::redis::cluster;
 use crate::engine::redis::session::Session;
 use crate::engine::redis::settings::{
     ACL_FILE, AGENT_PASSWORD_FILE, AGENT_USER, APPEND_DIR, CONF_FILE, acl_file, acl_lines, final_conf, modules,
 };
+use crate::engine::redis::{cluster, left_behind};
 use crate::engine::{CleanUpItem, CloneSite};
 use crate::error::{Context, Error, Kind, Result};
 
@@ -33,6 +33,7 @@ pub(super) async fn clean_up(grounds: &Grounds, site: &CloneSite) -> Result<Vec<
         None => items.push(item("replication and cluster", "not taken over: the clone stands alone")),
         Some(table) => items.extend([item("replication", "not taken over"), table]),
     }
+    items.extend(left_behind::items(&site.facts));
     let (password, hash) = agent_password(&mut session).await?;
     write_file_durable(&site.run_dir.join(AGENT_PASSWORD_FILE), password.as_bytes(), 0o600)?;
     write_owned(user, &site.data_dir.join(ACL_FILE), acl_file(&site.facts, &hash).as_bytes())?;

@@ -92,6 +92,15 @@ impl Hold {
         Manifest::parse(&bytes).context(what)
     }
 
+    /// The name of an increment that the manifest names and that is not there.
+    pub fn missing(&self) -> Result<Option<String>> {
+        let manifest = self.manifest()?;
+        let is_missing = |part: &&ManifestPart| !self.append_dir.join(&part.name).exists();
+        let missing = manifest.increments.iter().find(is_missing).map(|part| part.name.clone());
+        // A rewrite that ended just now has taken it from the manifest as well.
+        Ok(if self.manifest()? == manifest { missing } else { None })
+    }
+
     /// Reads the manifest and finds out what of it is not held yet.
     pub fn look(&self) -> Result<Seen> {
         let manifest = self.manifest()?;

@@ -25,6 +25,13 @@ const LINE_BYTES_MAX: usize = 64 << 10;
 /// A password is a line of text.
 const PASSWORD_BYTES_MAX: u64 = 4096;
 
+/// What a source must allow to the agent's user, as rules of its access control list: questions about the server and one
+/// command that makes it rewrite its append-only file. No key can be read.
+pub const NEEDED_RULES: &str =
+    "+ping +info +time +config|get +bgrewriteaof +acl|list +module|list +command|info +cluster|nodes";
+/// What a replica must be allowed besides. It receives every key.
+pub const REPLICA_RULES: &str = "+psync +replconf";
+
 /// Where a server listens on this host.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Address {
@@ -261,12 +268,19 @@ pub(super) fn server_error(message: &str) -> Error {
     match code {
         "NOAUTH" | "WRONGPASS" => Error::new(Kind::Forbidden, format!("the server does not let us in: {shown}"))
             .hint("set 'password_file' of the instance, and 'user' if it is not the default user"),
-        "NOPERM" => Error::new(Kind::Forbidden, format!("the server refuses: {shown}")).hint(
-            "the agent's user needs: +info +config|get +bgrewriteaof +acl|list +module|list +time +ping, and with \
-                 log = \"replication\" +psync +replconf",
-        ),
+        "NOPERM" => Error::new(Kind::Forbidden, format!("the server refuses: {shown}"))
+            .hint(format!("allow it to the agent's user: redis-cli ACL SETUSER USER {}", rules_for(&shown))),
         "LOADING" | "BUSY" | "MASTERDOWN" => Error::new(Kind::Unreachable, format!("the server is not ready: {shown}")),
         _ => Error::new(Kind::Server, format!("the server says '{shown}'")),
+    }
+}
+
+/// The rules for a user who was refused with this message, which names the command.
+fn rules_for(refusal: &str) -> String {
+    let refusal = refusal.to_lowercase();
+    match refusal.contains("psync") || refusal.contains("replconf") {
+        true => format!("{NEEDED_RULES} {REPLICA_RULES}"),
+        false => NEEDED_RULES.to_string(),
     }
 }
 
@@ -312,7 +326,7 @@ async fn read_reply<R: AsyncRead + Unpin>(stream: &mut BufReader<R>, left: &mut 
             let length = number()?;
             take_room(length.saturating_mul(4), left)?;
             if depth == 0 {
-                return Err(Error::new(Kind::Server, "the server's answer is nested too deep"));
+                return Err(Error::new(Kind::Server, "the server's answer is nested too deep").hint(STRANGER_HINT));
             }
             let mut list = Vec::new();
             for _ in 0..length {
@@ -320,10 +334,11 @@ async fn read_reply<R: AsyncRead + Unpin>(stream: &mut BufReader<R>, left: &mut 
             }
             Ok(Reply::List(list))
         }
-        _ => Err(Error::new(Kind::Server, "the answer is not in the protocol of Redis")
-            .hint("is it another kind of server, or one that wants TLS, on that port?")),
+        _ => Err(Error::new(Kind::Server, "the answer is not in the protocol of Redis").hint(STRANGER_HINT)),
     }
 }
+
+const STRANGER_HINT: &str = "is it another kind of server there, or one that wants TLS?";
 
 fn take_room(wanted: i64, left: &mut usize) -> Result<usize> {
     let wanted = usize::try_from(wanted).unwrap_or(usize::MAX);
@@ -332,7 +347,10 @@ fn take_room(wanted: i64, left: &mut usize) -> Result<usize> {
             *left = rest;
             Ok(wanted)
         }
-        None => Err(Error::new(Kind::Server, format!("the server's answer is longer than {ANSWER_BYTES_MAX} bytes"))),
+        None => {
+            let message = format!("the server's answer is longer than {ANSWER_BYTES_MAX} bytes");
+            Err(Error::new(Kind::Server, message).hint(STRANGER_HINT))
+        }
     }
 }
 

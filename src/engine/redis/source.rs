@@ -425,6 +425,12 @@ async fn hold_new(
             return Ok(found);
         }
     }
+    let looking = hold.clone();
+    if let Some(name) = run_blocking("look at the log", move || looking.missing()).await? {
+        let path = hold.append_dir().join(name);
+        return Err(Error::new(Kind::Damaged, format!("the manifest names '{}', which is not there", path.display()))
+            .hint("'redis-cli BGREWRITEAOF' begins a new append-only file; the server could not start with this one"));
+    }
     Err(Error::new(Kind::Unreachable, "the append-only file is rewritten faster than it can be looked at"))
 }
 
@@ -517,7 +523,12 @@ pub(super) fn walk_file(
         if read == 0 {
             break;
         }
-        walker.feed(&piece[..read], &mut visit).map_err(|damage| damage.of(&path.display().to_string()))?;
+        walker.feed(&piece[..read], &mut visit).map_err(|damage| {
+            damage.of(&path.display().to_string()).hint(
+                "is the disk sound? 'redis-cli BGREWRITEAOF' makes the server write its data anew; then remove that file, \
+                 and take a backup",
+            )
+        })?;
     }
     Ok(())
 }

@@ -4,11 +4,11 @@ use std::collections::BTreeMap;
 
 use crate::base::bulk::run_blocking;
 use crate::base::durable::remove_dir_all_durable;
-use crate::engine::redis::Inner;
 use crate::engine::redis::check_source::{risk_items, server_items};
 use crate::engine::redis::geometry::{file_name, file_number};
 use crate::engine::redis::source::{require_primary, server_time};
 use crate::engine::redis::spool::{SPOOL_DIR, SpoolFile};
+use crate::engine::redis::{Inner, permissions};
 use crate::engine::{DurableEnd, LogListing};
 use crate::error::{Context, Error, Kind, Result};
 use crate::model::bytes_text::human_bytes;
@@ -93,11 +93,13 @@ pub(super) async fn check_source(inner: &Inner) -> Result<Vec<CheckItem>> {
     let name = &inner.source().name;
     let asked = inner.with_session(async |session| {
         let info = session.info(&["server", "persistence", "replication", "cluster"]).await?;
-        Ok((info, session.settings("r*").await?))
+        let settings = session.settings("r*").await?;
+        Ok((info, settings, permissions::check(session, &inner.source().endpoint, inner.source().log).await?))
     });
-    let (info, settings) = asked.await.context(|| format!("cannot ask instance '{name}'"))?;
+    let (info, settings, may) = asked.await.context(|| format!("cannot ask instance '{name}'"))?;
     let mut items = server_items(&info);
     items.extend(risk_items(&RISKS, &settings));
+    items.push(may);
     if items.iter().any(|item| item.verdict == Verdict::Fail) {
         return Ok(items);
     }

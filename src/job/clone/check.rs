@@ -68,7 +68,7 @@ pub async fn check(
         "source",
         format!("'{}' on host '{}', {} {}", source.instance, source.host, source.engine.name(), source.engine_version),
     )];
-    let (source_agent, shipped) = source_agent_item(host, source).await;
+    let (source_agent, shipped, advice) = source_agent_item(host, source).await;
     items.push(source_agent);
     let mut window = window_of(repository, source, shipped).await?;
     let backups = host.backups_of(repository, source.id).await?;
@@ -114,6 +114,7 @@ pub async fn check(
             Ok(Checked { items, choice: Some(choice), log_bytes, log_end, refusal: None })
         }
         Err(refusal) => {
+            let refusal = with_advice(refusal, advice);
             items.push(CheckItem::fail(
                 "target",
                 refusal.message(),
@@ -124,18 +125,30 @@ pub async fn check(
     }
 }
 
-/// Asks the source's agent to ship what is durable now, so that the newest targets are reachable; up to where it has. A
-/// clone is possible without it.
-async fn source_agent_item(host: &CloneHost, source: &Incarnation) -> (CheckItem, Option<Position>) {
+/// The refusal of a target, with what the source's agent says to do about its log: that may be why.
+fn with_advice(refusal: Error, advice: Option<String>) -> Error {
+    let Some(advice) = advice else { return refusal };
+    let whole = Error::new(refusal.kind(), refusal.message());
+    match refusal.hint_text() {
+        Some(hint) => whole.hint(format!("{advice}; after that: {hint}")),
+        None => whole.hint(advice),
+    }
+}
+
+/// Asks the source's agent to ship what is durable now, so that the newest targets are reachable; up to where it has, and
+/// what it says to do if it is there and cannot. A clone is possible without it.
+async fn source_agent_item(host: &CloneHost, source: &Incarnation) -> (CheckItem, Option<Position>, Option<String>) {
     let what = "source's agent";
     match host.sources.ship_now(&source.host, source.id).await {
         Ok(end) => {
             let found = format!("has shipped everything up to {}", end.position);
-            (CheckItem::pass(what, found), Some(end.position))
+            (CheckItem::pass(what, found), Some(end.position), None)
         }
         Err(error) => {
             let hint = "the clone can reach what was shipped before; 'keiki window' shows how far that is";
-            (CheckItem::warn(what, error.message(), hint), None)
+            let is_there = error.kind() != Kind::Unreachable;
+            let advice = error.hint_text().filter(|_| is_there).map(str::to_string);
+            (CheckItem::warn(what, error.message(), hint), None, advice)
         }
     }
 }
