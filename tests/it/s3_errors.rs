@@ -12,7 +12,8 @@ use keiki::store::Store;
 use keiki::store::s3::{CredentialsSource, S3Options, S3Store};
 use tempfile::TempDir;
 
-use super::support::hosts::free_port;
+use super::support::hosts::{Host, HostOptions, Lab, free_port};
+use super::support::postgres::Version;
 use super::support::s3::in_process::{self, Conditions};
 use super::support::s3::{Weed, fresh_prefix, open, self_signed};
 
@@ -129,4 +130,51 @@ async fn a_server_that_is_not_there_is_told_and_may_come_back() {
     let error = init_error(gone, Arc::new(SystemClock)).await;
     assert_says(&error, Kind::Unreachable, "connection refused", "server running");
     assert!(error.message().contains("tried 2 times"), "{error}");
+}
+
+/// Goal: whoever sets up a repository and has made one of the usual mistakes is told so by the program, with what to do
+/// and an exit code that scripts can tell apart, and no secret is in what is printed or logged.
+#[test]
+fn the_program_tells_what_is_wrong_with_a_bucket_and_what_to_do() {
+    let (lab, weed) = (Lab::new(), Weed::shared());
+    let used = fresh_prefix();
+    let good = weed.repository_lines(&used);
+    let (certificate, key) = self_signed(&lab.path("ca"));
+    let encrypted = Weed::start_with(Some((certificate, key)));
+    let profile = |name: &str| format!("{}\nprofile = \"{name}\"", weed.repository_lines(&fresh_prefix()));
+    let mistakes = [
+        ("unknown", profile("unknown"), Kind::Forbidden, "does not know the access key"),
+        ("wrong", profile("wrong"), Kind::Forbidden, "secret key does not belong"),
+        ("reader", profile("reader"), Kind::Forbidden, "s3:PutObject"),
+        ("bucket", good.replace("s3://keiki/", "s3://no-such-bucket/"), Kind::BadInput, "no bucket 'no-such-bucket'"),
+        (
+            "tls",
+            encrypted.repository_lines_at(&encrypted.https_endpoint(), "x"),
+            Kind::Forbidden,
+            "nobody who is trusted",
+        ),
+        ("used", good.clone(), Kind::Conflict, "there is a repository already"),
+    ];
+    let host = |name: &str, lines: &str| {
+        let options = HostOptions {
+            name,
+            repository: lines.to_string(),
+            peers: Vec::new(),
+            sections: String::new(),
+            listen_port: free_port(),
+            clone_bin_dir: &Version::V15.bin_dir(),
+        };
+        Host::start(&lab, &options)
+    };
+    host("first", &good).keiki_ok(&["repository", "init"]);
+    for (name, lines, kind, words) in mistakes {
+        let host = host(name, &lines);
+        let output = host.keiki(&["repository", "init"]);
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(i32::from(kind.exit_code())), "{name}: {said}");
+        assert!(said.contains("error: ") && said.contains("hint: ") && said.contains(words), "{name}: {said}");
+        for secret in ["SKTEST", "SKREAD", "SKWRONG"] {
+            assert!(!said.contains(secret) && !host.log().contains(secret), "{name}: {said}{}", host.log());
+        }
+    }
 }

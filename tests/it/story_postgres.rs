@@ -10,7 +10,7 @@ use keiki::model::position::Lsn;
 use super::support::hosts::{Host, HostOptions, KEIKI, Lab, free_port, instance_section, wait_for};
 use super::support::ledger::{Ledger, Moment, Row, compare, connect, ids, lsn_now};
 use super::support::postgres::{TestServer, Version};
-use super::support::s3::{Weed, fresh_prefix};
+use super::support::s3::{fresh_prefix, named};
 use super::support::two_hosts::Via;
 
 const WRITERS: u32 = 4;
@@ -58,7 +58,7 @@ async fn story(version: Version, home: Home, via: Via) -> (usize, Vec<String>) {
             std::fs::create_dir(&directory).unwrap();
             format!("file://{}", directory.display())
         }
-        Home::Bucket => Weed::shared().repository_lines(&fresh_prefix()),
+        Home::Bucket => named::repository_lines(&fresh_prefix()),
     };
     let socket = lab.path("host-a").join("keiki.sock");
     let archive_command = format!("'{KEIKI}' --socket '{}' wal-push %p", socket.display());

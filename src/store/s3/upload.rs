@@ -142,7 +142,7 @@ impl Upload {
     }
 
     /// Completes the upload. If an answer was lost, the second attempt finds no upload, or the object in its way: then
-    /// the mark says whether it is ours.
+    /// the mark says whether it is ours, as it does where the answer says too little.
     async fn complete(&self, parts: Vec<CompletedPart>, condition: &Condition) -> Result<Tag> {
         let store = &self.store;
         let what = format!("cannot store '{}'", self.key);
@@ -150,6 +150,10 @@ impl Upload {
             .ask(&what, || store.bucket().complete_upload(self.key.as_str(), &self.id, parts.clone(), condition))
             .await;
         let error = match outcome {
+            // Ceph 16 does not say which tag the object has.
+            Ok(tag) if tag.is_empty() => {
+                Error::new(Kind::Conflict, format!("{what}: it was replaced or deleted at once"))
+            }
             Ok(tag) => return Ok(Tag(tag)),
             Err(error) if matches!(error.kind(), Kind::NotFound | Kind::Conflict) => error,
             Err(error) => return Err(error),

@@ -220,6 +220,54 @@ pub async fn open(options: S3Options) -> Arc<S3Store> {
     Arc::new(S3Store::open(options, Arc::new(SystemClock)).await.unwrap())
 }
 
+/// The server for the contract and the story: SeaweedFS, or the one that the environment names by
+/// `KEIKI_TEST_S3_ENDPOINT`, `_BUCKET`, `_CREDENTIALS` (a file) and, if it is not the usual one, `_REGION`.
+pub mod named {
+    use super::*;
+
+    fn variable(name: &str) -> String {
+        let name = format!("KEIKI_TEST_S3_{name}");
+        std::env::var(&name).unwrap_or_else(|_| panic!("{name} is not set: it names the server that is to be tried"))
+    }
+
+    fn region() -> String {
+        std::env::var("KEIKI_TEST_S3_REGION").unwrap_or_else(|_| String::from("us-east-1"))
+    }
+
+    /// Whether it is another than SeaweedFS.
+    pub fn is_named() -> bool {
+        std::env::var_os("KEIKI_TEST_S3_ENDPOINT").is_some()
+    }
+
+    /// How to reach its bucket, below a prefix.
+    pub fn options(prefix: &str) -> S3Options {
+        if !is_named() {
+            return Weed::shared().options(prefix);
+        }
+        S3Options {
+            endpoint: Some(variable("ENDPOINT")),
+            region: region(),
+            path_style: true,
+            credentials: CredentialsSource { file: Some(variable("CREDENTIALS").into()), profile: None },
+            ..S3Options::new(&variable("BUCKET"), prefix)
+        }
+    }
+
+    /// The lines of the section `[repository]` for it.
+    pub fn repository_lines(prefix: &str) -> String {
+        if !is_named() {
+            return Weed::shared().repository_lines(prefix);
+        }
+        format!(
+            "url = \"s3://{}/{prefix}\"\nendpoint = \"{}\"\nregion = \"{}\"\ncredentials_file = \"{}\"",
+            variable("BUCKET"),
+            variable("ENDPOINT"),
+            region(),
+            variable("CREDENTIALS")
+        )
+    }
+}
+
 /// The files of a certificate for 127.0.0.1 that is its own authority, and of its key, in a directory.
 pub fn self_signed(dir: &Path) -> (PathBuf, PathBuf) {
     let key = rcgen::KeyPair::generate().unwrap();
