@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use keiki::base::clock::SystemClock;
+use keiki::model::capabilities::Capabilities;
 use keiki::model::cost::RequestKind;
 use keiki::store::read::{body_from_bytes, read_all};
 use keiki::store::s3::{CredentialsSource, Encryption, PutOptions, S3Options, S3Store};
@@ -97,6 +98,26 @@ async fn in_host_style_the_bucket_is_part_of_the_name_that_is_asked() {
         assert_eq!(seen.header("host"), format!("keiki.localhost:{}", recorder.port()), "{seen:?}");
         assert!(seen.target.starts_with("/some/prefix/"), "{seen:?}");
         assert!(seen.header("authorization").contains("/us-east-1/s3/aws4_request"), "{seen:?}");
+    }
+}
+
+/// Goal: a server that begins a listing at the key it is given, and ends it at the first key without the prefix, is not
+/// made to answer that there is nothing. Garage is one.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_listing_begins_at_a_key_only_if_the_prefix_does_not_come_after_it() {
+    let (recorder, dir) = (Recorder::start(), tempfile::tempdir().unwrap());
+    let store = open(options(&recorder, &dir)).await;
+    store.adopt(&Capabilities {
+        conditional_create: true,
+        conditional_replace: true,
+        conditional_complete: true,
+        ordered_listing: true,
+        checksums: Vec::new(),
+    });
+    for (after, begins) in [("", false), ("a", false), ("b/", true), ("b/c", true), ("c", true)] {
+        store.list("b/", Some(after), 10).await.unwrap();
+        let seen = recorder.seen().pop().unwrap();
+        assert_eq!(seen.target.contains("start-after="), begins, "'{after}': {seen:?}");
     }
 }
 

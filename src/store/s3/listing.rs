@@ -89,10 +89,13 @@ fn object(found: Found, prefix: &str) -> Option<ObjectInfo> {
 
 async fn list_ordered(store: &S3Store, prefix: &str, after: Option<&str>, limit: usize) -> Result<Vec<ObjectInfo>> {
     let what = format!("cannot list '{prefix}'");
+    // Garage 2.5 begins at the key that is named and ends at the first one without the prefix: from a key that comes
+    // before the prefix it finds nothing.
+    let begin = after.filter(|after| *after >= prefix);
     let mut next = None;
     // A page may hold nothing but names that are no keys.
     loop {
-        let page = store.ask(&what, || store.bucket().list(prefix, after, next.clone(), limit)).await?;
+        let page = store.ask(&what, || store.bucket().list(prefix, begin, next.clone(), limit)).await?;
         let objects: Vec<ObjectInfo> = page.found.into_iter().filter_map(|found| object(found, prefix)).collect();
         next = page.next;
         let is_ordered = objects.windows(2).all(|pair| pair[0].key < pair[1].key)
