@@ -19,10 +19,14 @@ use keiki::engine::postgres::ondisk::segment::{SegmentSize, WalFile};
 use keiki::engine::postgres::ondisk::versions::Major;
 use keiki::engine::postgres::ondisk::wal::{Cutter, Decision, Scanner, Step, Stop, WalFormat, WalReader, decode};
 use keiki::engine::postgres::ondisk::{page, tablespace_map};
-use keiki::engine::redis::ondisk::aof::{AofWalker, SecondCut};
+use keiki::engine::redis::base_stream;
+use keiki::engine::redis::ondisk::aof::AofWalker;
 use keiki::engine::redis::ondisk::manifest::Manifest;
 use keiki::engine::redis::ondisk::rdb::{RdbCheck, RdbHeader, RdbVersion};
+use keiki::engine::redis::recovery::cut::{Cut, End};
+use keiki::engine::redis::replica::{SnapshotEnd, parse_answer, parse_snapshot_end};
 use keiki::engine::redis::session::read_answer;
+use keiki::engine::redis::spool::{Place, Spool};
 use keiki::format::container::{ContainerKind, read_whole};
 use keiki::format::document::{Header, LeaseRecord, Work, parse_identity};
 use keiki::format::frame::{FrameDecoder, ObjectSeal};
@@ -63,6 +67,9 @@ pub const TARGETS: &[Target] = &[
     target("redis_aof", redis_aof),
     target("redis_manifest", redis_manifest),
     target("redis_rdb", redis_rdb),
+    // Pieces of 1 MiB.
+    Target { base_bytes: 4 << 20, ..target("redis_replication", redis_replication) },
+    Target { base_bytes: 4 << 20, ..target("redis_spool", redis_spool) },
     target("postgres_wal", postgres_wal),
     target("postgres_control", postgres_control),
     target("postgres_backup_label", postgres_backup_label),
@@ -188,11 +195,19 @@ fn redis_resp(bytes: &[u8]) {
 }
 
 fn redis_aof(bytes: &[u8]) {
-    let (mut walker, mut cut) = (AofWalker::new(0), SecondCut::new(1_795_261_177));
-    let is_good = pieces(bytes).all(|piece| walker.feed(piece, |mark| cut.see(mark)).is_ok());
+    let mut walker = AofWalker::new(0);
+    let is_good = pieces(bytes).all(|piece| walker.feed(piece, |_| {}).is_ok());
     assert!(walker.boundary() <= walker.at() && walker.at() <= bytes.len() as u64);
-    assert!(cut.found().is_none_or(|at| at <= walker.at()));
     let _ = walker.finish();
+    let place = End::At { number: 1, offset: bytes.len() as u64 / 2 };
+    for end in [End::Open, End::Before(1_795_261_177_000), place] {
+        let mut cut = Cut::new(1, 0, end);
+        let is_read = pieces(bytes).all(|piece| cut.feed(piece).is_ok());
+        if let (true, Ok(kept)) = (is_read, cut.kept(bytes.len() as u64)) {
+            assert!(kept <= bytes.len() as u64 && (end != place || kept <= bytes.len() as u64 / 2 || !cut.is_found()));
+            let _ = cut.times_kept(kept);
+        }
+    }
     // The same with values passed over instead of read, as large ones are.
     let (mut skipping, mut at) = (AofWalker::new(0), 0usize);
     while at < bytes.len() {
@@ -225,6 +240,60 @@ fn redis_rdb(bytes: &[u8]) {
     let mut check = RdbCheck::default();
     pieces(bytes).for_each(|piece| check.update(piece));
     let _ = check.finish();
+}
+
+/// What a primary says to a replica before a snapshot, and the snapshot: a mark of which the stream has as much as it likes.
+fn redis_replication(bytes: &[u8]) {
+    for line in bytes.split(|byte| *byte == b'\n') {
+        let text = String::from_utf8_lossy(line);
+        let _ = (parse_answer(text.trim_end()), parse_snapshot_end(text.trim_end()));
+    }
+    let mark = bytes.first_chunk().map(|mark| SnapshotEnd::Mark(*mark));
+    for end in [Some(SnapshotEnd::Bytes(bytes.len() as u64 / 2)), mark].into_iter().flatten() {
+        let mut cutter = base_stream::Cutter::new(end);
+        let mut passed = 0;
+        for piece in pieces(bytes) {
+            if cutter.is_whole() {
+                break;
+            }
+            let mut buffer = cutter.begin_piece();
+            buffer.extend_from_slice(piece);
+            passed += cutter.take(buffer).len();
+        }
+        assert!(passed <= bytes.len());
+    }
+}
+
+/// A replication stream as a log: what was received stays readable, and an agent that dies goes on behind a whole command.
+fn redis_spool(bytes: &[u8]) {
+    // In memory where there is such a place: each round syncs many times.
+    let memory = std::path::Path::new("/dev/shm");
+    let parent = if memory.is_dir() { memory.to_path_buf() } else { std::env::temp_dir() };
+    let dir = parent.join(format!("keiki-hostile-spool-{}", std::process::id()));
+    let _ = std::fs::remove_dir_all(&dir);
+    std::fs::create_dir(&dir).expect("a temporary directory");
+    {
+        let mut spool = Spool::open(&dir, 1 << 20).expect("nobody else has it");
+        let history = "a".repeat(40);
+        spool.begin_anew(Place { history: history.clone(), offset: 1000 }, 50_000_000).expect("an empty directory");
+        for (at, piece) in (50_000_001..).zip(pieces(bytes)) {
+            if spool.append(at, piece).is_err() {
+                break;
+            }
+            let _ = spool.note_executed(at, 1000 + at as u64 % 512);
+        }
+        for file in spool.files().expect("files of its own") {
+            let mut walker = AofWalker::new(0);
+            let content = std::fs::read(&file.path).expect("a file of its own");
+            let readable = &content[..file.readable_bytes as usize];
+            walker.feed(readable, |_| {}).expect("what may be shipped is whole");
+            assert_eq!(walker.boundary(), file.readable_bytes);
+        }
+        drop(spool);
+        let spool = Spool::open(&dir, 1 << 20).expect("it is let go");
+        assert!(spool.place().is_some());
+    }
+    let _ = std::fs::remove_dir_all(&dir);
 }
 
 fn wal_format(major: Major) -> WalFormat {

@@ -51,7 +51,7 @@ macro_rules! hostile {
 hostile! {
     mysql_binlog mysql_mbstream mysql_gtid mysql_backup_info mysql_aria_control mysql_gtid_events mysql_auto_cnf
     mysql_wire
-    redis_resp redis_aof redis_manifest redis_rdb
+    redis_resp redis_aof redis_manifest redis_rdb redis_replication redis_spool
     postgres_wal postgres_control postgres_backup_label postgres_history postgres_tablespace_map postgres_page
     postgres_names
     format_container format_frame format_manifest format_document format_summary format_links format_keys

@@ -110,7 +110,8 @@ async fn receive(mut link: Link, end: SnapshotEnd, sender: mpsc::Sender<Bytes>) 
 }
 
 /// Finds the end of a snapshot among the bytes of a link.
-struct Cutter {
+#[derive(Debug)]
+pub struct Cutter {
     end: SnapshotEnd,
     /// Bytes that may be the mark.
     tail: Vec<u8>,
@@ -119,23 +120,25 @@ struct Cutter {
 }
 
 impl Cutter {
-    fn new(end: SnapshotEnd) -> Cutter {
+    /// Begins before the first byte.
+    pub fn new(end: SnapshotEnd) -> Cutter {
         Cutter { end, tail: Vec::new(), passed: 0, is_whole: end == SnapshotEnd::Bytes(0) }
     }
 
-    fn is_whole(&self) -> bool {
+    /// Whether the last piece that was taken was the last of the snapshot.
+    pub fn is_whole(&self) -> bool {
         self.is_whole
     }
 
     /// A buffer with room for what comes next, behind what was held back.
-    fn begin_piece(&mut self) -> Vec<u8> {
+    pub fn begin_piece(&mut self) -> Vec<u8> {
         let mut buffer = Vec::with_capacity(PIECE_BYTES);
         buffer.append(&mut self.tail);
         buffer
     }
 
     /// Returns what of the buffer belongs to the snapshot for sure.
-    fn take(&mut self, mut buffer: Vec<u8>) -> Bytes {
+    pub fn take(&mut self, mut buffer: Vec<u8>) -> Bytes {
         match self.end {
             SnapshotEnd::Bytes(bytes) => {
                 let left = bytes.saturating_sub(self.passed);

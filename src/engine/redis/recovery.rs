@@ -36,7 +36,7 @@ use crate::model::check::CheckItem;
 use crate::model::position::Position;
 use crate::model::target::{Target, utc_text};
 
-mod cut;
+pub mod cut;
 mod tools;
 
 pub(in crate::engine::redis) use cut::End;

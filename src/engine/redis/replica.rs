@@ -134,7 +134,8 @@ impl Link {
     }
 }
 
-fn parse_answer(line: &str) -> Option<Answer> {
+/// The answer to PSYNC in a line without its end; nothing if it is another one.
+pub fn parse_answer(line: &str) -> Option<Answer> {
     let words: Vec<&str> = line.split(' ').collect();
     match words.as_slice() {
         ["+CONTINUE"] => Some(Answer::Continue { history: None }),
@@ -146,7 +147,8 @@ fn parse_answer(line: &str) -> Option<Answer> {
     }
 }
 
-fn parse_snapshot_end(line: &str) -> Option<SnapshotEnd> {
+/// How the snapshot will end, in the line before it; nothing if it is another one.
+pub fn parse_snapshot_end(line: &str) -> Option<SnapshotEnd> {
     let text = line.strip_prefix('$')?;
     match text.strip_prefix("EOF:") {
         Some(mark) => mark.as_bytes().try_into().ok().map(SnapshotEnd::Mark),

@@ -62,6 +62,23 @@ pub fn of(target: &str) -> Vec<Vec<u8>> {
         "redis_aof" => files(&["redis/increment.aof"]),
         "redis_manifest" => files(&["redis/manifest"]),
         "redis_rdb" => files(&["redis/base.rdb"]),
+        "redis_replication" => texts(&[
+            "\n\n+FULLRESYNC 0123456789abcdef0123456789abcdef01234567 1234\r\n$89\r\nREDIS0010",
+            "+CONTINUE 0123456789abcdef0123456789abcdef01234567\r\n",
+            "$EOF:0123456789abcdef0123456789abcdef01234567\r\nREDIS0010\u{7f}0123456789abcdef0123456789abcdef01234567",
+            "0123456789abcdef0123456789abcdef01234567REDIS0123456789abcdef0123456789abcdef01234567",
+            "-NOPERM User weak has no permissions to run the 'psync' command\r\n",
+        ]),
+        "redis_spool" => [
+            files(&["redis/increment.aof"]),
+            texts(&[
+                "*2\r\n$6\r\nSELECT\r\n$1\r\n3\r\n*3\r\n$3\r\nSET\r\n$1\r\nk\r\n$5\r\n*1\r\n$\r\n*1\r\n$4\r\nPING\r\n",
+                "*1\r\n$5\r\nMULTI\r\n*2\r\n$4\r\nINCR\r\n$1\r\nn\r\n*1\r\n$4\r\nEXEC\r\n*3\r\n$8\r\nREPLCONF\r\n$6\r\n\
+                 GETACK\r\n$1\r\n*\r\n",
+                "#KEIKI-OF:aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa:1000\r\n#KEIKI-AT:50000000:1000\r\n*1\r\n$4\r\nPING\r\n",
+            ]),
+        ]
+        .concat(),
         "postgres_wal" => wal_pages(),
         "postgres_control" => files(&["postgres/15/pg_control.zst", "postgres/18/pg_control.zst"])
             .into_iter()

@@ -395,33 +395,5 @@ fn number(digits: &[u8]) -> Option<u64> {
     std::str::from_utf8(digits).ok().filter(|_| is_number)?.parse().ok()
 }
 
-/// Where to cut so that nothing from `before_unix_seconds` on stays: the place of the first annotation that says so.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct SecondCut {
-    before_unix_seconds: i64,
-    found: Option<u64>,
-}
-
-impl SecondCut {
-    pub fn new(before_unix_seconds: i64) -> SecondCut {
-        SecondCut { before_unix_seconds, found: None }
-    }
-
-    /// To be called with every mark.
-    pub fn see(&mut self, mark: Mark) {
-        match mark {
-            Mark::Second { at, unix_seconds } if self.found.is_none() && unix_seconds >= self.before_unix_seconds => {
-                self.found = Some(at);
-            }
-            _ => {}
-        }
-    }
-
-    /// Bytes to keep, once it is known.
-    pub fn found(&self) -> Option<u64> {
-        self.found
-    }
-}
-
 #[cfg(test)]
 mod tests;

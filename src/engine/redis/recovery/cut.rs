@@ -4,7 +4,7 @@ use crate::engine::redis::ondisk::aof::{AofDamage, AofWalker, Mark};
 
 /// Where the log of a clone ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(in crate::engine::redis) enum End {
+pub enum End {
     /// All there is.
     Open,
     /// At this place, or at the last command that ends before it.
@@ -15,15 +15,16 @@ pub(in crate::engine::redis) enum End {
 
 /// The last times, in milliseconds since 1970, that the log of a clone says.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(super) struct Times {
+pub struct Times {
     /// At which something was executed or received.
-    pub(super) last: Option<i64>,
+    pub last: Option<i64>,
     /// By which everything that was executed is in it.
-    pub(super) executed: Option<i64>,
+    pub executed: Option<i64>,
 }
 
 /// Finds out, while a log file passes by, how much of it is kept.
-pub(super) struct Cut {
+#[derive(Debug)]
+pub struct Cut {
     number: u64,
     end: End,
     walker: AofWalker,
@@ -38,16 +39,18 @@ pub(super) struct Cut {
 
 impl Cut {
     /// Begins at byte `from` of a log file, which is a boundary.
-    pub(super) fn new(number: u64, from: u64, end: End) -> Cut {
+    pub fn new(number: u64, from: u64, end: End) -> Cut {
         let walker = AofWalker::new(from);
         Cut { number, end, walker, found: None, boundary: from, times: [None; 2], executed: [None; 2] }
     }
 
-    pub(super) fn is_found(&self) -> bool {
+    /// Whether the rest of the file does not matter any more.
+    pub fn is_found(&self) -> bool {
         self.found.is_some()
     }
 
-    pub(super) fn feed(&mut self, bytes: &[u8]) -> Result<(), AofDamage> {
+    /// Takes the next bytes, in pieces of any size. An error is damage.
+    pub fn feed(&mut self, bytes: &[u8]) -> Result<(), AofDamage> {
         let (number, end) = (self.number, self.end);
         let (found, boundary) = (&mut self.found, &mut self.boundary);
         let (times, executed) = (&mut self.times, &mut self.executed);
@@ -73,7 +76,7 @@ impl Cut {
     }
 
     /// How many of the `read` bytes of the file are kept, once all of it has passed or the cut was found.
-    pub(super) fn kept(&self, read: u64) -> Result<u64, AofDamage> {
+    pub fn kept(&self, read: u64) -> Result<u64, AofDamage> {
         if let Some(found) = self.found {
             return Ok(found);
         }
@@ -82,7 +85,7 @@ impl Cut {
     }
 
     /// The last annotations in what is kept.
-    pub(super) fn times_kept(&self, kept: u64) -> Times {
+    pub fn times_kept(&self, kept: u64) -> Times {
         let last =
             |of: &[Option<(u64, i64)>]| of.iter().rev().flatten().find(|(at, _)| *at < kept).map(|(_, time)| *time);
         Times { last: last(&self.times), executed: last(&self.executed) }
@@ -126,6 +129,15 @@ mod tests {
         assert_eq!(cut(End::Before(102_000)), (second, Some(100_000), true));
         assert_eq!(cut(End::Before(103_000)), (LOG.len() as u64, Some(102_000), false));
         assert_eq!(cut(End::Open), (LOG.len() as u64, Some(102_000), false));
+    }
+
+    #[test]
+    fn after_a_clock_was_set_back_what_was_written_before_counts() {
+        let log = "#TS:100\r\n*1\r\n$1\r\nA\r\n#TS:102\r\n*1\r\n$1\r\nB\r\n#TS:101\r\n*1\r\n$1\r\nC\r\n";
+        let second = log.find("#TS:102").unwrap() as u64;
+        assert_eq!(cut_of(log, 0, End::Before(101_000)).0, second);
+        assert_eq!(cut_of(log, 0, End::Before(102_000)).0, second);
+        assert_eq!(cut_of(log, 0, End::Before(103_000)).0, log.len() as u64);
     }
 
     #[test]

@@ -161,29 +161,6 @@ fn what_no_server_writes_is_damage_with_its_place() {
 }
 
 #[test]
-fn a_cut_by_time_lies_before_the_first_annotation_that_is_not_earlier() {
-    let units = [
-        Unit::Second(100),
-        Unit::Command(vec![b"A".to_vec()]),
-        Unit::Second(102),
-        Unit::Command(vec![b"B".to_vec()]),
-        // The clock was set back: what was written before counts.
-        Unit::Second(101),
-    ];
-    let bytes: Vec<u8> = units.iter().flat_map(encode).collect();
-    let cut = |before| {
-        let mut cut = SecondCut::new(before);
-        walk(&bytes, 5).0.into_iter().for_each(|mark| cut.see(mark));
-        cut.found()
-    };
-    let second = encode(&units[0]).len() as u64 + encode(&units[1]).len() as u64;
-    assert_eq!(cut(100), Some(0));
-    assert_eq!(cut(101), Some(second));
-    assert_eq!(cut(102), Some(second));
-    assert_eq!(cut(103), None);
-}
-
-#[test]
 fn the_walker_knows_the_database_the_history_and_what_changes_nothing() {
     let id = "0123456789abcdef0123456789abcdef01234567";
     let select = |database: &str| String::from_utf8(command(&[b"select".to_vec(), database.into()])).unwrap();
