@@ -30,6 +30,9 @@ const AGENT_MIB_MAX: u64 = 400;
 /// A moment far away, for keys that expire then.
 const EXPIRES_AT_MILLIS: &str = "4102444800000";
 
+/// From how many milliseconds on the server itself notes what delayed it.
+const MONITOR: (&str, &str) = ("latency-monitor-threshold", "5");
+
 /// One acknowledged operation of a writer.
 #[derive(Debug, Clone, Copy)]
 struct Done {
@@ -149,10 +152,10 @@ fn scene(product: Product, log: LogKind) -> Scene {
     let repository = lab.path("repository");
     std::fs::create_dir(&repository).unwrap();
     let (settings, log_line) = match log {
-        LogKind::AppendOnlyFile => (&[("auto-aof-rewrite-percentage", "0")][..], ""),
+        LogKind::AppendOnlyFile => (&[("auto-aof-rewrite-percentage", "0"), MONITOR][..], ""),
         // So much is written while the agent is away; how long the server waits for other replicas says nothing here.
         LogKind::ReplicationStream => (
-            &[("appendonly", "no"), ("repl-backlog-size", "64mb"), ("repl-diskless-sync-delay", "0")][..],
+            &[("appendonly", "no"), ("repl-backlog-size", "64mb"), ("repl-diskless-sync-delay", "0"), MONITOR][..],
             "log = \"replication\"\n",
         ),
     };
@@ -216,7 +219,7 @@ pub fn tell(product: Product, log: LogKind) {
     let (done, big, mut trials) = write_history(&mut scene);
     let operations: usize = done.iter().map(Vec::len).sum();
     println!("{operations} operations by {WRITERS} writers; {} clones to be made", trials.len() + 1);
-    say_cost(&scene, &done);
+    say_cost(&scene, &done, &trials);
     let now = Timestamp::now();
     trials.push(Trial { title: "latest".into(), arguments: vec!["--latest".into()], moment: Moment(now, now) });
 
@@ -312,7 +315,8 @@ fn write_history(scene: &mut Scene) -> (Vec<Vec<Done>>, Done, Vec<Trial>) {
         let whole = Timestamp::from_second(second).unwrap();
         // The append-only file counts in seconds: a time between two shows the second before it.
         let asked = match index % 4 {
-            0..=2 if !is_streamed => whole,
+            0 => whole,
+            1 | 2 if !is_streamed => whole,
             _ => Timestamp::from_millisecond(second * 1000 + (random_u64() % 999) as i64 + 1).unwrap(),
         };
         trials.push(Trial {
@@ -366,27 +370,50 @@ fn backup_trial(a: &Host, title: &str) -> Trial {
 }
 
 /// What shipping and backing up cost the source, as it and its clients saw it.
-fn say_cost(scene: &Scene, done: &[Vec<Done>]) {
-    let mut micros: Vec<i64> =
-        done.iter().flatten().map(|done| done.after.as_microsecond() - done.before.as_microsecond()).collect();
-    micros.sort_unstable();
-    let at = |part: usize| micros[(micros.len() - 1) * part / 1000];
-    println!(
-        "operations took {} us in the middle, {} us at the 99th part of 100, {} us at most (with rewrites asked for by the test)",
-        at(500),
-        at(990),
-        at(1000)
-    );
-    let info = |key: &str| scene.source.info(key);
+fn say_cost(scene: &Scene, done: &[Vec<Done>], trials: &[Trial]) {
+    let backups: Vec<Moment> =
+        trials.iter().filter(|trial| trial.arguments[0] == "--backup").map(|trial| trial.moment).collect();
+    let is_backed_up = |done: &&Done| backups.iter().any(|backup| done.before < backup.1 && done.after > backup.0);
+    let (during, otherwise): (Vec<&Done>, Vec<&Done>) = done.iter().flatten().partition(is_backed_up);
+    for (when, done) in [("a backup was taken", during), ("log was only shipped", otherwise)] {
+        let mut micros: Vec<i64> =
+            done.iter().map(|done| done.after.as_microsecond() - done.before.as_microsecond()).collect();
+        micros.sort_unstable();
+        let at = |part: usize| micros.get((micros.len().max(1) - 1) * part / 1000).copied().unwrap_or_default();
+        println!(
+            "while {when}, {} operations took {} us in the middle, {} us at the 99th part of 100, {} us at most",
+            micros.len(),
+            at(500),
+            at(990),
+            at(1000)
+        );
+    }
     println!("peak memory of the agents: {} and {} MiB", peak_mib(&scene.a), peak_mib(&scene.b));
+    let mut client = scene.source.client();
+    let info = String::from_utf8(client.run(&["INFO", "everything"]).bytes()).unwrap();
+    let said = |key: &str| info.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(':')).unwrap_or("-");
     println!(
-        "the source: peak memory {}, last fork {} us, {} rewrites, {} snapshots, {} delayed fsyncs",
-        info("used_memory_peak_human"),
-        info("latest_fork_usec"),
-        info("aof_rewrites"),
-        info("rdb_saves"),
-        info("aof_delayed_fsync")
+        "the source: memory {} now, {} at most, {} resident, {} for replicas; copied on write {} bytes for the last \
+         snapshot and {} for the last rewrite; last fork {} us, {} rewrites, {} snapshots, {} delayed fsyncs",
+        said("used_memory_human"),
+        said("used_memory_peak_human"),
+        said("used_memory_rss_human"),
+        said("mem_total_replication_buffers"),
+        said("rdb_last_cow_size"),
+        said("aof_last_cow_size"),
+        said("latest_fork_usec"),
+        said("aof_rewrites"),
+        said("rdb_saves"),
+        said("aof_delayed_fsync")
     );
+    for command in ["set", "exec", "eval", "mset"] {
+        println!("the source's latency of {command} in us: {}", said(&format!("latency_percentiles_usec_{command}")));
+    }
+    for event in client.run(&["LATENCY", "LATEST"]).list() {
+        if let [Answer::Bytes(name), _, Answer::Number(last), Answer::Number(most), ..] = &event.list()[..] {
+            println!("the source's latency by {}: {last} ms last, {most} ms at most", String::from_utf8_lossy(name));
+        }
+    }
 }
 
 fn peak_mib(host: &Host) -> u64 {
