@@ -10,7 +10,7 @@ SHELL := /bin/bash
 .NOTPARALLEL:
 
 CARGO ?= cargo
-# What `make demo` shows: postgres, mariadb or redis.
+# What `make demo` shows: postgres, mariadb, mysql, redis or valkey.
 ENGINE ?= postgres
 TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
 
@@ -89,8 +89,8 @@ rpm: build ## build the RPM package (needs rpmbuild)
 	packaging/package.sh rpm
 
 .PHONY: demo
-demo: install-test-servers ## two agents, a PostgreSQL, a dropped table, and a clone of the second before; or ENGINE=mariadb, mysql, redis
-	@case '$(ENGINE)' in postgres|mariadb|mysql|redis) ;; *) echo "error: there is no demo of engine '$(ENGINE)'" >&2; exit 2 ;; esac
+demo: install-test-servers ## two agents, a PostgreSQL, a dropped table, and a clone of the second before; or ENGINE=mariadb, mysql, redis, valkey
+	@case '$(ENGINE)' in postgres|mariadb|mysql|redis|valkey) ;; *) echo "error: there is no demo of engine '$(ENGINE)'" >&2; exit 2 ;; esac
 	@$(CARGO) build --locked --quiet
 	@$(WITH_SERVERS) KEIKI="$(TARGET_DIR)/debug/keiki" packaging/demo$(patsubst %,-%,$(filter-out postgres,$(ENGINE))).sh
 
