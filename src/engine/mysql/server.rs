@@ -40,6 +40,18 @@ pub struct Server {
 }
 
 impl Server {
+    /// MySQL does not start while the number in the file that locks its socket is that of a process (`sql/conn_handler/
+    /// socket_connection.cc`, Unix_socket::create_lockfile), and after a restart of the machine it may be that of any. The
+    /// socket's directory is this server's alone, and it does not run.
+    fn forget_lock_of_socket(&self) -> std::io::Result<()> {
+        let mut lock = self.socket.clone().into_os_string();
+        lock.push(".lock");
+        match std::fs::remove_file(&lock) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        }
+    }
+
     /// Starts the server with these arguments. A server that already runs is `Conflict`. Returns as soon as the process
     /// exists.
     pub fn start(&self, arguments: &[String]) -> Result<Process> {
@@ -66,6 +78,7 @@ impl Server {
             // MySQL opens it once more, by its name.
             std::os::unix::fs::fchown(&log, Some(self.user.uid), Some(self.user.gid)).context(log_file)?;
         }
+        self.forget_lock_of_socket().context(what)?;
         let child = ChildCommand::new(&self.program.path)
             .args(arguments)
             // From its first moment on it is seen to work in this directory, also by an agent that did not start it.

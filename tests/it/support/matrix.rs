@@ -19,10 +19,12 @@ use keiki::store::fs::FsStore;
 use super::hosts::Lab;
 
 mod mariadb;
+mod mysql;
 mod postgres;
 mod redis;
 
 pub use super::mariadb::MariaServer;
+pub use super::mysql::MySqlServer;
 pub use super::postgres::TestServer;
 pub use super::redis::TestRedis;
 
@@ -30,7 +32,7 @@ pub use super::redis::TestRedis;
 macro_rules! on_every_engine {
     ($($promise:ident),+ $(,)?) => {
         $crate::support::matrix::on_engines! {
-            [postgres TestServer] [mariadb MariaServer] [redis TestRedis] : [$($promise)+]
+            [postgres TestServer] [mariadb MariaServer] [mysql MySqlServer] [redis TestRedis] : [$($promise)+]
         }
     };
 }

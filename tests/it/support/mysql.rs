@@ -9,7 +9,7 @@
 #![allow(dead_code)]
 
 use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 
 use keiki::base::users::User;
@@ -18,7 +18,7 @@ use keiki::engine::mysql::product::Product;
 use keiki::engine::mysql::session::{Endpoint, Rows, Session};
 
 use super::mariadb::{as_user, own};
-use super::postgres::{server_user, spawn_that_dies_with_us, wait_until};
+use super::postgres::{end_cleanly, server_user, spawn_that_dies_with_us, wait_until};
 
 /// The agent's account on every server.
 pub const AGENT: &str = "keiki";
@@ -52,25 +52,15 @@ impl MySqlServer {
     /// Makes and starts a server with GTIDs, the clone plugin and the agent's account; `arguments` come after the usual
     /// ones.
     pub async fn start(arguments: &[&str]) -> MySqlServer {
-        let root = tempfile::Builder::new().prefix("keiki-my").tempdir().unwrap();
-        std::fs::set_permissions(root.path(), PermissionsExt::from_mode(0o755)).unwrap();
-        let user = server_user();
-        let work_dir = root.path().join("w");
-        std::fs::create_dir(&work_dir).unwrap();
-        own(&work_dir, &user);
-        let data_dir = work_dir.join("data");
+        let arguments: Vec<String> = arguments.iter().map(|argument| argument.to_string()).collect();
+        let mut server = MySqlServer::prepare(&arguments);
         let mut install = Command::new(bin_dir().join("mysqld"));
         install.args(["--no-defaults", "--initialize-insecure", "--secure-file-priv=NULL"]);
-        install.arg(format!("--datadir={}", data_dir.display())).arg(format!("--tmpdir={}", work_dir.display()));
-        as_user(&mut install, &user);
+        install.arg(format!("--datadir={}", server.data_dir.display()));
+        install.arg(format!("--tmpdir={}", server.work_dir.display()));
+        as_user(&mut install, &server.user);
         let output = install.output().unwrap();
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        let password_file = root.path().join("password");
-        std::fs::write(&password_file, format!("{AGENT_PASSWORD}\n")).unwrap();
-        let arguments = arguments.iter().map(|argument| argument.to_string()).collect();
-        let socket = work_dir.join("s");
-        let mut server =
-            MySqlServer { work_dir, data_dir, socket, user, password_file, arguments, child: None, _root: root };
         server.launch();
         let quoted = keiki::engine::mysql::session::quoted(AGENT_PASSWORD);
         for sql in [
@@ -81,6 +71,24 @@ impl MySqlServer {
             server.sql(&sql).await;
         }
         server
+    }
+
+    /// Directories for a server, without tables and nothing started: a test puts files into `data_dir` and calls
+    /// `launch`.
+    pub fn prepare(arguments: &[String]) -> MySqlServer {
+        let root = tempfile::Builder::new().prefix("keiki-my").tempdir().unwrap();
+        std::fs::set_permissions(root.path(), PermissionsExt::from_mode(0o755)).unwrap();
+        let user = server_user();
+        let work_dir = root.path().join("w");
+        let data_dir = work_dir.join("data");
+        for path in [&work_dir, &data_dir] {
+            std::fs::create_dir(path).unwrap();
+            own(path, &user);
+        }
+        let password_file = root.path().join("password");
+        std::fs::write(&password_file, format!("{AGENT_PASSWORD}\n")).unwrap();
+        let (socket, arguments) = (work_dir.join("s"), arguments.to_vec());
+        MySqlServer { work_dir, data_dir, socket, user, password_file, arguments, child: None, _root: root }
     }
 
     /// Starts the server again.
@@ -132,6 +140,11 @@ impl MySqlServer {
         self.work_dir.join("data.keiki")
     }
 
+    /// Copies of itself that lie there.
+    pub fn copies(&self) -> Vec<PathBuf> {
+        std::fs::read_dir(self.backup_dir()).into_iter().flatten().flatten().map(|entry| entry.path()).collect()
+    }
+
     /// The section that makes it an instance of a host.
     pub fn instance_section(&self, name: &str) -> String {
         format!(
@@ -172,6 +185,18 @@ impl MySqlServer {
         self.data_dir.join(format!("binlog.{number:06}"))
     }
 
+    /// Process id of the running server.
+    pub fn pid(&self) -> u32 {
+        self.child.as_ref().expect("a running server").id()
+    }
+
+    /// SIGTERM, and waits for the end.
+    pub fn stop(&mut self) {
+        if let Some(child) = self.child.take() {
+            end_cleanly(child);
+        }
+    }
+
     /// Ends the server as a power cut would end its process.
     pub fn kill9(&mut self) {
         if let Some(mut child) = self.child.take() {
@@ -190,9 +215,4 @@ impl Drop for MySqlServer {
         }
         self.kill9();
     }
-}
-
-/// Whether nothing of a backup is left in a directory.
-pub fn is_empty(directory: &Path) -> bool {
-    std::fs::read_dir(directory).is_ok_and(|mut entries| entries.next().is_none())
 }

@@ -17,7 +17,7 @@ use crate::support::mariadb::MariaServer;
 use crate::support::postgres::server_user;
 
 /// How long a statement may take.
-const LIMIT: Duration = Duration::from_secs(120);
+pub(super) const LIMIT: Duration = Duration::from_secs(120);
 
 impl SourceServer for MariaServer {
     const ENGINE: &'static str = "mariadb";
@@ -82,27 +82,7 @@ impl SourceServer for MariaServer {
     }
 
     fn load(&self) -> Writers {
-        let stop = Arc::new(AtomicBool::new(false));
-        let threads = (0..2)
-            .map(|_| {
-                let (endpoint, stop) = (self.endpoint(), stop.clone());
-                std::thread::spawn(move || {
-                    let runtime = runtime();
-                    runtime.block_on(async {
-                        let Ok(session) = Session::open(&endpoint).await else { return };
-                        while !stop.load(Ordering::Relaxed) {
-                            let id = random_u64() >> 2;
-                            let sql = format!("INSERT INTO shop.written VALUES ({id}, REPEAT(MD5({id}), 60))");
-                            // The server may be killed.
-                            if session.query_within(LIMIT, &sql).await.is_err() {
-                                return;
-                            }
-                        }
-                    });
-                })
-            })
-            .collect();
-        Box::new(Load { stop, threads })
+        Load::start(&self.endpoint(), |id| format!("INSERT INTO shop.written VALUES ({id}, REPEAT(MD5({id}), 60))"))
     }
 
     fn end_log_file(&self) {
@@ -174,9 +154,33 @@ impl SourceServer for MariaServer {
 }
 
 /// Running writers.
-struct Load {
+pub(super) struct Load {
     stop: Arc<AtomicBool>,
     threads: Vec<std::thread::JoinHandle<()>>,
+}
+
+impl Load {
+    /// Two that run the statement for different numbers.
+    pub(super) fn start(endpoint: &Endpoint, statement: fn(u64) -> String) -> Writers {
+        let stop = Arc::new(AtomicBool::new(false));
+        let threads = (0..2)
+            .map(|_| {
+                let (endpoint, stop) = (endpoint.clone(), stop.clone());
+                std::thread::spawn(move || {
+                    runtime().block_on(async {
+                        let Ok(session) = Session::open(&endpoint).await else { return };
+                        while !stop.load(Ordering::Relaxed) {
+                            // The server may be killed.
+                            if session.query_within(LIMIT, &statement(random_u64() >> 2)).await.is_err() {
+                                return;
+                            }
+                        }
+                    });
+                })
+            })
+            .collect();
+        Box::new(Load { stop, threads })
+    }
 }
 
 impl Drop for Load {
@@ -186,12 +190,12 @@ impl Drop for Load {
     }
 }
 
-fn runtime() -> tokio::runtime::Runtime {
+pub(super) fn runtime() -> tokio::runtime::Runtime {
     tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap()
 }
 
 /// Does something on a connection of its own.
-fn with_session<T>(endpoint: &Endpoint, work: impl AsyncFnOnce(&Session) -> T) -> T {
+pub(super) fn with_session<T>(endpoint: &Endpoint, work: impl AsyncFnOnce(&Session) -> T) -> T {
     runtime().block_on(async {
         let session =
             Session::open(endpoint).await.unwrap_or_else(|error| panic!("{}: {error}", endpoint.socket.display()));
@@ -200,13 +204,13 @@ fn with_session<T>(endpoint: &Endpoint, work: impl AsyncFnOnce(&Session) -> T) -
 }
 
 /// Runs one statement.
-fn ask(endpoint: &Endpoint, sql: &str) -> Rows {
+pub(super) fn ask(endpoint: &Endpoint, sql: &str) -> Rows {
     with_session(endpoint, async |session| {
         session.query_within(LIMIT, sql).await.unwrap_or_else(|error| panic!("{sql}: {error}"))
     })
 }
 
-fn endpoint_of(clone: &CloneAt) -> Endpoint {
+pub(super) fn endpoint_of(clone: &CloneAt) -> Endpoint {
     Endpoint {
         socket: clone.run_dir.join(SOCKET_FILE),
         user: ACCOUNT.to_string(),
@@ -216,7 +220,7 @@ fn endpoint_of(clone: &CloneAt) -> Endpoint {
 }
 
 /// The checksum of all rows of each table that a user has made.
-fn contents(endpoint: &Endpoint) -> Contents {
+pub(super) fn contents(endpoint: &Endpoint) -> Contents {
     with_session(endpoint, async |session| {
         let tables = "SELECT CONCAT(TABLE_SCHEMA, '.', TABLE_NAME) FROM information_schema.TABLES \
                       WHERE TABLE_SCHEMA = 'shop' AND TABLE_TYPE = 'BASE TABLE' ORDER BY 1";
