@@ -84,7 +84,7 @@ pub(super) fn server_items(info: &BTreeMap<String, String>) -> Vec<CheckItem> {
         items.push(CheckItem::warn(
             "cluster",
             "the server is one node of a cluster",
-            "its clone has this node's keys only, and stands alone",
+            "a clone of it has this node's keys only: for all of them, name all primaries in one [[group]] and clone that",
         ));
     }
     items

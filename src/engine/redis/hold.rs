@@ -63,6 +63,9 @@ impl Seen {
     }
 }
 
+/// What somebody must do who may not read the server's files or link to them.
+const ACCESS_HINT: &str = "run the agent as root, or as the server's own user";
+
 /// The held files of one append-only directory. Blocking, and to be used by one at a time.
 #[derive(Debug, Clone)]
 pub struct Hold {
@@ -88,7 +91,11 @@ impl Hold {
     pub fn manifest(&self) -> Result<Manifest> {
         let path = self.append_dir.join(&self.manifest_name);
         let what = || format!("cannot read '{}'", path.display());
-        let bytes = std::fs::read(&path).context(what)?;
+        let bytes = std::fs::read(&path).map_err(|error| {
+            let is_refused = error.kind() == std::io::ErrorKind::PermissionDenied;
+            let error = Error::io(what(), error);
+            if is_refused { error.hint(ACCESS_HINT) } else { error }
+        })?;
         Manifest::parse(&bytes).context(what)
     }
 
@@ -177,9 +184,9 @@ impl Hold {
                     .hint("was the directory copied from another server? Remove 'keiki-held' from it"));
             }
             Err(error) => {
-                return Err(Error::io(what(), error).hint(
-                    "the agent must be root or the server's own user, and the file system must have hard links",
-                ));
+                return Err(
+                    Error::io(what(), error).hint(format!("{ACCESS_HINT}, on a file system that has hard links"))
+                );
             }
         }
         let metadata = std::fs::metadata(&to).context(what)?;
@@ -302,6 +309,10 @@ fn remove(path: &Path) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use nix::unistd::{Uid, setfsuid};
+
     use super::*;
 
     /// A directory as a server makes it: a manifest, and files that are there.
@@ -440,5 +451,24 @@ mod tests {
         std::fs::remove_file(scene.dir.path().join("a.aof.5.incr.aof")).unwrap();
         scene.server(1, &[(1, "one")]);
         assert_eq!(scene.sync(true), [row(1000, "five", true), row(1002, "one", false)]);
+    }
+
+    #[test]
+    fn a_directory_that_the_agent_may_not_read_is_refused_with_who_may() {
+        let scene = Scene::new();
+        scene.server(1, &[(1, "x")]);
+        scene.sync(true);
+        // Root may read everything: this thread becomes somebody who is nobody to the directory.
+        std::fs::set_permissions(scene.dir.path(), std::fs::Permissions::from_mode(0o000)).unwrap();
+        let looked = std::thread::scope(|scope| {
+            let looks = || {
+                setfsuid(Uid::from_raw(65534));
+                scene.hold.look().map(|_| ()).unwrap_err()
+            };
+            scope.spawn(looks).join().unwrap()
+        });
+        std::fs::set_permissions(scene.dir.path(), std::fs::Permissions::from_mode(0o700)).unwrap();
+        assert!(looked.message().ends_with("a.aof.manifest': permission denied"), "{looked}");
+        assert_eq!(looked.hint_text(), Some(ACCESS_HINT));
     }
 }

@@ -79,6 +79,9 @@ fn instances(lab: &Lab) -> Vec<Sick> {
         sick("off", TestRedis::start(&[("appendonly", "no")])),
         sick("untimed", TestRedis::start(&[("aof-timestamp-enabled", "no")])),
         sick("replica", TestRedis::start(&[("replicaof 127.0.0.1", "1")])),
+        // The programs for clones here are those of Redis 7 and Valkey 8.
+        sick("newer", TestRedis::start_of(Product::Redis8, &[])),
+        sick("newer-valkey", TestRedis::start_of(Product::Valkey9, &[])),
         Sick { engine: "redis", ..sick("valkey", TestRedis::start_of(Product::Valkey8, &[])) },
         Sick { engine: "valkey", ..sick("redis", TestRedis::start(&[])) },
     ];
@@ -141,9 +144,10 @@ fn a_source_of_redis_that_cannot_be_backed_up_or_cloned_is_refused_with_what_to_
         ("website", answers(&lab, "website", b"HTTP/1.1 400 Bad Request\r\n\r\n")),
     ];
     let mut sections = format!(
-        "[clone.redis]\nrun_as = \"{}\"\nbin_dir = \"{}\"\n",
-        server_user().name,
-        Product::Redis7.bin_dir().display()
+        "[clone.redis]\nrun_as = \"{user}\"\nbin_dir = \"{}\"\n[clone.valkey]\nrun_as = \"{user}\"\nbin_dir = \"{}\"\n",
+        Product::Redis7.bin_dir().display(),
+        Product::Valkey8.bin_dir().display(),
+        user = server_user().name,
     );
     for one in &all {
         sections += &section(one.name, one.engine, &one.server.data_dir, &one.server.socket, &one.lines);
@@ -164,10 +168,10 @@ fn a_source_of_redis_that_cannot_be_backed_up_or_cloned_is_refused_with_what_to_
         },
     );
     host.keiki_ok(&["repository", "init"]);
-    for name in ["untimed", "flipped", "no-base", "no-increment", "torn", "tight"] {
+    for name in ["untimed", "newer", "newer-valkey", "flipped", "no-base", "no-increment", "torn", "tight"] {
         wait_until_state(&host, name, "archiving");
     }
-    for name in ["untimed", "tight"] {
+    for name in ["untimed", "tight", "newer", "newer-valkey"] {
         host.keiki_ok(&["backup", "create", name]);
     }
     // A whole second behind the backups, of which the log of both tells nothing or everything.
@@ -209,6 +213,8 @@ fn a_source_of_redis_that_cannot_be_backed_up_or_cloned_is_refused_with_what_to_
     let limit = ["--set", "maxmemory=100kb", "--set", "maxmemory-policy=allkeys-lru"];
     said.refuses(&host, &["clone", "off", "--as", "copy", "--at", past], "appendonly yes");
     said.refuses(&host, &["clone", "untimed", "--as", "copy", "--at", &at], "aof-timestamp-enabled yes");
+    said.refuses(&host, &["clone", "newer", "--as", "copy"], "which is older");
+    said.refuses(&host, &["clone", "newer-valkey", "--as", "copy"], "which is older");
     said.refuses(&host, &[&["clone", "tight", "--as", "copy"], &limit[..]].concat(), "throw keys away");
     assert_unchanged(&before, &lab, &hosts, &repository, "sick sources");
     let doctor = host.keiki(&["doctor"]);
