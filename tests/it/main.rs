@@ -24,6 +24,7 @@ mod s3_errors;
 mod s3_lease;
 mod s3_links;
 mod s3_outage;
+mod s3_patience;
 mod s3_store;
 mod s3_wire;
 mod story_s3;
