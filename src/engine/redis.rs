@@ -155,10 +155,7 @@ impl Engine for RedisEngine {
         if self.inner.is_streamed() {
             return self.inner.follower().release_before(number).await;
         }
-        match self.inner.hold().await {
-            Some(hold) => crate::base::bulk::run_blocking("release log", move || hold.release_before(number)).await,
-            None => Ok(()),
-        }
+        self.inner.release_before(number).await
     }
 
     async fn guard_log(&self) -> Result<()> {

@@ -103,6 +103,9 @@ pub struct Kept {
     /// From before the manifest of the last look was read.
     fingerprint: Option<Fingerprint>,
     walks: BTreeMap<u64, Walk>,
+    /// Everything before this file may go. What the server still had when that was said goes when the server has deleted
+    /// it, which nobody tells.
+    released: u64,
 }
 
 /// How far a file of the log was walked through. Bytes behind the boundary may still change: after a crash the server
@@ -162,6 +165,19 @@ impl Inner {
         let mut kept = self.kept.lock().await;
         let outcome = observe(&self.source, &mut kept).await;
         kept.after(outcome)
+    }
+
+    /// Everything before log file `number` may go: now, or when the server has deleted it.
+    pub(super) async fn release_before(&self, number: u64) -> Result<()> {
+        let hold = {
+            let mut kept = self.kept.lock().await;
+            kept.released = kept.released.max(number);
+            kept.hold.clone()
+        };
+        match hold {
+            Some(hold) => run_blocking("release log", move || hold.release_before(number)).await,
+            None => Ok(()),
+        }
     }
 
     /// Where this server's increments are held, without a look at them.
@@ -290,6 +306,8 @@ async fn observe(source: &RedisSource, kept: &mut Kept) -> Result<Observation> {
             .await?
             .map(|text| Fingerprint::parse(&text));
     }
+    let (releasing, released) = (hold.clone(), kept.released);
+    run_blocking("release log", move || releasing.release_before(released)).await?;
     let (manifest, held) = hold_new(kept, source, &hold, observed_at, writes_times).await?;
     keep_fingerprint(kept, &hold, fingerprint).await?;
     let mut walks = std::mem::take(&mut kept.walks);
