@@ -26,6 +26,12 @@ pub trait LogGeometry: Send + Sync {
     /// The position of the first byte of a log file that the server will not write to again, and the position where the
     /// log goes on behind it. Nothing for a companion.
     fn sealed_span(&self, name: &str) -> Result<Option<(Position, Position)>>;
+
+    /// Whether bytes of an open file that were said to be durable are there for ever, also after the death of the server:
+    /// so where only whole records are ever said to be.
+    fn open_bytes_stay(&self) -> bool {
+        true
+    }
 }
 
 /// The geometry of the log that belongs to a backup, from the engine's facts in it (`Backup::engine_facts`).

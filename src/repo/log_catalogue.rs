@@ -369,6 +369,17 @@ impl LogCatalogue {
         Ok(low)
     }
 
+    /// The last piece of what there is of an unfinished file; nothing for one that is finished or not there.
+    pub async fn last_chunk(&self, name: &str) -> Result<Option<Arc<LogObject>>> {
+        if self.is_sealed(name) || !self.lock().files.contains_key(name) {
+            return Ok(None);
+        }
+        match self.pieces(name)?.pop() {
+            Some(piece) => self.facts(&piece).await.map(Some),
+            None => Ok(None),
+        }
+    }
+
     /// The local writer has made this object durable.
     pub(super) fn note_shipped(&self, object: LogObject, key: Key, size_bytes: u64) {
         let LogChunk { file, from_bytes, to_bytes, sealed } = &object.chunk;

@@ -172,18 +172,22 @@ impl LogWriter {
             self.catalogue.note_shipped(object, key.clone(), info.size_bytes);
             return Ok(Shipped { stored_bytes: 0, was_there: true });
         }
-        Err(Error::new(
-            Kind::Conflict,
-            format!(
-                "the repository has it with other content ({} bytes there, {} bytes here); object '{key}' was left as it is",
-                object.chunk.to_bytes - object.chunk.from_bytes,
-                chunk.to_bytes - chunk.from_bytes
-            ),
-        )
-        .hint(
-            "did another server write under this incarnation, or was this data directory restored or set back? Then it \
-             must begin a new incarnation; archiving has stopped so that nothing is lost",
-        ))
+        let here = chunk.to_bytes - chunk.from_bytes;
+        Err(other_content(&object.chunk, here, &format!("; object '{key}' was left as it is")))
+    }
+
+    /// Compares a chunk that is archived with the bytes that the server has there: `Conflict` if they are others. `source`
+    /// gives the server's bytes of the chunk; nothing if it has fewer.
+    pub async fn compare_chunk(&self, archived: &LogObject, source: Option<Box<dyn LogBytes>>) -> Result<()> {
+        let chunk = &archived.chunk;
+        let what = || format!("cannot go on with log file '{}'", chunk.file);
+        let Some(source) = source else { return Err(other_content(chunk, 0, "").while_doing(what())) };
+        let length = chunk.to_bytes - chunk.from_bytes;
+        let (hash, _) = run_on_thread("keiki-compare", move || hash_source(source, length, None, None)).await?;
+        if hash == archived.content_hash {
+            return Ok(());
+        }
+        Err(other_content(chunk, length, "").while_doing(what()))
     }
 
     async fn delete_superseded_chunks(&self, file: &str) -> Result<()> {
@@ -200,6 +204,16 @@ impl LogWriter {
         }
         Ok(())
     }
+}
+
+fn other_content(archived: &LogChunk, here_bytes: u64, more: &str) -> Error {
+    let there_bytes = archived.to_bytes - archived.from_bytes;
+    let bytes = format!("{there_bytes} bytes there, {here_bytes} bytes here");
+    let what = format!("the repository has it with other content ({bytes}){more}");
+    Error::new(Kind::Conflict, what).hint(
+        "did another server write under this incarnation, or was this data directory restored or set back? Then it must \
+         begin a new incarnation; archiving has stopped so that nothing is lost",
+    )
 }
 
 struct SetOnDrop(Arc<AtomicBool>);

@@ -39,6 +39,12 @@ impl WalGeometry {
 }
 
 impl LogGeometry for WalGeometry {
+    fn open_bytes_stay(&self) -> bool {
+        // Whole pages are flushed, and half a record at the end is written over when the server comes back
+        // (`xlogrecovery.c`, EndOfLog).
+        false
+    }
+
     fn span(&self, name: &str, bytes: u64) -> Result<Option<(Position, Position)>> {
         if RawSegmentName::parse(name).is_none() {
             return Ok(None);

@@ -53,6 +53,10 @@ pub(super) struct Known {
     pub problem: Option<Error>,
     pub hole: Option<Hole>,
     pub looked_for_hole: bool,
+    /// Files of which the end of what an earlier run has archived was held against the server's, and whether that is done
+    /// for all that were there when this run began.
+    pub compared: BTreeSet<String>,
+    pub compared_all: bool,
     /// Files that this run has shipped or compared as a whole.
     pub confirmed: BTreeSet<String>,
     /// Files that the server asked for and that are not confirmed yet.
@@ -83,6 +87,8 @@ impl Known {
             problem: None,
             hole: None,
             looked_for_hole: false,
+            compared: BTreeSet::new(),
+            compared_all: false,
             confirmed: BTreeSet::new(),
             asked: BTreeSet::new(),
             settled_file: None,
