@@ -97,12 +97,13 @@ struct Written {
     seconds: f64,
 }
 
-/// Clones to host b and counts what its agent writes.
+/// Clones to host b and counts what its agent writes. The clone is held: from the moment on that it is accepted its agent
+/// writes an archive of its own, too, and begins with a backup.
 fn clone_and_count<S: SourceServer>(stage: &TwoHosts<S>, agent: u32) -> Written {
     let port = free_port().to_string();
     let began = Instant::now();
     let (before, disk_before) = (io_counter(agent, "wchar"), io_counter(agent, "write_bytes"));
-    let arguments = ["clone", "orders", "--to", "b", "--as", "copy", "--port", &port, "--latest", "--detach"];
+    let arguments = ["clone", "orders", "--to", "b", "--as", "copy", "--port", &port, "--latest", "--hold", "--detach"];
     let id = stage.a.json(&arguments)["id"].as_str().unwrap().to_string();
     let mut at_stage_end = None;
     let clone = stage.clone_at("copy", 0);
@@ -116,7 +117,7 @@ fn clone_and_count<S: SourceServer>(stage: &TwoHosts<S>, agent: u32) -> Written 
         }
         last["state"] != "running"
     });
-    assert_eq!(last["state"], "done", "{last:#}\n--- agent\n{}", stage.b.log());
+    assert_eq!(last["state"], "held", "{last:#}\n--- agent\n{}", stage.b.log());
     let time = |name: &str| step(&last, "stage")[name].as_str().unwrap().parse::<jiff::Timestamp>().unwrap();
     Written {
         stage: at_stage_end.unwrap(),

@@ -14,7 +14,7 @@ use keiki::repo::repository::Repository;
 use keiki::store::fs::FsStore;
 
 use super::support::hosts::{Host, free_port, tail};
-use super::support::matrix::{SourceServer, on_every_engine};
+use super::support::matrix::{SourceServer, copy_tree, on_every_engine};
 use super::support::postgres::{TestServer, Version};
 use super::support::two_hosts::{
     Ship, TwoHosts, Via, copy_data_dir, difference, settled_objects, wait_until_shipped, wait_until_state,
@@ -249,6 +249,55 @@ fn a_data_directory_that_was_put_back_and_went_on_past_its_archive_is_not_taken_
     put_back_and_assert_stopped::<S>(false, 6, &["conflict"]);
 }
 
+/// Of PostgreSQL the end of an open file may be half a record, which it writes over after a crash: there a finished file
+/// tells.
+mod of_whole_records {
+    use super::*;
+
+    super::super::support::matrix::on_engines! {
+        [mariadb MariaServer] [mysql MySqlServer] [redis RedisServer] [valkey ValkeyServer]
+            : [a_data_directory_that_was_put_back_cannot_go_on_with_the_open_file_that_it_archived_before]
+    }
+}
+
+/// The other history has records of the same lengths in a file of the same name, and no file was finished since.
+fn a_data_directory_that_was_put_back_cannot_go_on_with_the_open_file_that_it_archived_before<S: SourceServer>() {
+    let mut stage = TwoHosts::<S>::of(Via::Peer);
+    stage.source.write(10);
+    stage.a.keiki_ok(&["backup", "create", "orders"]);
+    stage.source.stop();
+    let kept = stage.source.copy();
+    stage.source.launch();
+    stage.source.write(11);
+    stage.a.keiki_ok(&["clone", "orders", "--to", "b", "--as", "copy", "--latest", "--port", &free_port().to_string()]);
+    stage.b.keiki_ok(&["discard", "copy", "--yes"]);
+    let incarnation = stage.incarnation_dir(&stage.a, "orders");
+    stage.source.stop();
+    stage.a.stop_agent();
+    let archive = settled_objects(&incarnation);
+
+    put_back(&kept, &stage.source);
+    stage.source.launch();
+    stage.source.write(12);
+    stage.source.write(13);
+    stage.a.start_agent();
+    wait_until_state(&stage.a, "orders", "stopped");
+    let stopped = stage.a.instance("orders");
+    assert_eq!(stopped["problem"]["error"], "conflict", "{stopped:#}");
+    println!("{}: {}", S::ENGINE, stopped["problem"]["message"]);
+    assert_eq!(settled_objects(&incarnation), archive, "another history was archived");
+}
+
+/// Gives a data directory the content of another one.
+fn put_back<S: SourceServer>(kept: &S, server: &S) {
+    for entry in std::fs::read_dir(server.data_dir()).unwrap() {
+        let path = entry.unwrap().path();
+        let removed = if path.is_dir() { std::fs::remove_dir_all(&path) } else { std::fs::remove_file(&path) };
+        removed.unwrap();
+    }
+    copy_tree(kept.data_dir(), server.data_dir());
+}
+
 /// Somebody puts an old copy of the data directory back, beneath everything that knows of it, and the server writes
 /// another history into so many log files of the same names, before the agent looks.
 fn put_back_and_assert_stopped<S: SourceServer>(is_new_directory: bool, log_files: u32, expected: &[&str]) {
@@ -269,14 +318,8 @@ fn put_back_and_assert_stopped<S: SourceServer>(is_new_directory: bool, log_file
     if is_new_directory {
         std::fs::rename(data_dir, data_dir.with_extension("old")).unwrap();
         std::fs::create_dir(data_dir).unwrap();
-    } else {
-        for entry in std::fs::read_dir(data_dir).unwrap() {
-            let path = entry.unwrap().path();
-            let removed = if path.is_dir() { std::fs::remove_dir_all(&path) } else { std::fs::remove_file(&path) };
-            removed.unwrap();
-        }
     }
-    super::support::matrix::copy_tree(kept.data_dir(), data_dir);
+    put_back(&kept, &stage.source);
     stage.source.launch();
     write_log_files(&stage.source, 20, log_files);
     stage.a.start_agent();

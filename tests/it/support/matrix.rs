@@ -26,13 +26,16 @@ mod redis;
 pub use super::mariadb::MariaServer;
 pub use super::mysql::MySqlServer;
 pub use super::postgres::TestServer;
-pub use super::redis::TestRedis;
+
+pub type RedisServer = redis::Server<redis::Redis7>;
+pub type ValkeyServer = redis::Server<redis::Valkey9>;
 
 /// Makes a module of tests for each engine out of functions `fn promise<S: SourceServer>()`.
 macro_rules! on_every_engine {
     ($($promise:ident),+ $(,)?) => {
         $crate::support::matrix::on_engines! {
-            [postgres TestServer] [mariadb MariaServer] [mysql MySqlServer] [redis TestRedis] : [$($promise)+]
+            [postgres TestServer] [mariadb MariaServer] [mysql MySqlServer] [redis RedisServer] [valkey ValkeyServer]
+                : [$($promise)+]
         }
     };
 }
@@ -75,7 +78,7 @@ pub trait SourceServer: Sized + 'static {
     const ENDS_UNSEEN: u32;
 
     /// Bytes written for each byte that is restored, by the agent, the clone's server and its tools together, until a
-    /// clone that has nothing to replay is accepted. The agent alone writes 1.02 at most.
+    /// clone that has nothing to replay can be accepted. The agent alone writes 1.02 at most.
     const ALL_WRITES_PER_BYTE_LIMIT: f64;
 
     /// A running server that holds a little and writes many log files rather than long ones. What ships its log finds

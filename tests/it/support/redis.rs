@@ -63,6 +63,8 @@ pub struct TestRedis {
     pub product: Product,
     pub data_dir: PathBuf,
     pub socket: PathBuf,
+    /// Open files of increments that a test wants to read after the server has deleted them, by the server's numbers.
+    pub increments: std::sync::Mutex<std::collections::BTreeMap<u64, fs::File>>,
     settings: Vec<(String, String)>,
     child: Option<Child>,
     _dir: tempfile::TempDir,
@@ -81,12 +83,8 @@ impl TestRedis {
         server
     }
 
-    /// An empty data directory of a Redis 7, and nothing started.
-    pub fn prepare(settings: &[(&str, &str)]) -> TestRedis {
-        TestRedis::prepare_of(Product::Redis7, settings)
-    }
-
-    fn prepare_of(product: Product, settings: &[(&str, &str)]) -> TestRedis {
+    /// An empty data directory, and nothing started.
+    pub fn prepare_of(product: Product, settings: &[(&str, &str)]) -> TestRedis {
         let dir = tempfile::Builder::new().prefix("keiki-redis-").tempdir_in("/tmp").unwrap();
         fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
         let data_dir = dir.path().join("data");
@@ -97,7 +95,7 @@ impl TestRedis {
         }
         let socket = dir.path().join("s");
         let settings = settings.iter().map(|(name, value)| (name.to_string(), value.to_string())).collect();
-        TestRedis { product, data_dir, socket, settings, child: None, _dir: dir }
+        TestRedis { product, data_dir, socket, increments: Default::default(), settings, child: None, _dir: dir }
     }
 
     /// Starts the server that was stopped or killed.
@@ -321,10 +319,14 @@ impl Client {
         loop {
             let mut page = self.run_bytes(&[b"SCAN", &cursor, b"COUNT", b"1000"]).list().into_iter();
             cursor = page.next().unwrap().bytes();
-            for key in page.next().unwrap().list() {
-                let key = key.bytes();
-                if let Answer::Bytes(value) = self.ask(&[b"DUMP", &key]) {
-                    found.insert(key, value);
+            let keys: Vec<Vec<u8>> = page.next().unwrap().list().into_iter().map(Answer::bytes).collect();
+            // Many questions at once: one by one a copy of a hundred thousand keys would take minutes.
+            for keys in keys.chunks(100) {
+                keys.iter().for_each(|key| self.send(&[b"DUMP", key]).unwrap());
+                for key in keys {
+                    if let Answer::Bytes(value) = self.answer() {
+                        found.insert(key.clone(), value);
+                    }
                 }
             }
             if cursor == b"0" {

@@ -1,7 +1,12 @@
-//! Redis 7 with an append-only file. The server deletes its log when it rewrites it; this row keeps a name of its own
-//! for each increment, so that what was archived can be compared.
+//! Redis 7 and Valkey 9 with an append-only file. The server deletes its log when it rewrites it; this row keeps each
+//! increment open, so that what was archived can be compared.
 
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Read;
+use std::marker::PhantomData;
+use std::ops::Deref;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,26 +16,60 @@ use keiki::base::random::random_u64;
 use super::{CloneAt, Contents, SourceServer, Writers, copy_tree};
 use crate::support::hosts::Lab;
 use crate::support::postgres::server_user;
-use crate::support::redis::{Client, TestRedis, bin_dir};
+use crate::support::redis::{Client, Product, TestRedis};
 
 const APPEND_DIR: &str = "appendonlydir";
 
-impl SourceServer for TestRedis {
+/// Which product it is.
+pub trait Row: 'static {
+    const PRODUCT: Product;
+    /// As the configuration calls it.
+    const ENGINE: &'static str;
+}
+
+pub struct Redis7;
+
+impl Row for Redis7 {
+    const PRODUCT: Product = Product::Redis7;
     const ENGINE: &'static str = "redis";
+}
+
+pub struct Valkey9;
+
+impl Row for Valkey9 {
+    const PRODUCT: Product = Product::Valkey9;
+    const ENGINE: &'static str = "valkey";
+}
+
+/// A server of this product.
+pub struct Server<R: Row>(TestRedis, PhantomData<R>);
+
+impl<R: Row> Deref for Server<R> {
+    type Target = TestRedis;
+
+    fn deref(&self) -> &TestRedis {
+        &self.0
+    }
+}
+
+const SETTINGS: [(&str, &str); 1] = [("auto-aof-rewrite-percentage", "0")];
+
+impl<R: Row> SourceServer for Server<R> {
+    const ENGINE: &'static str = R::ENGINE;
     // What is proved by counters of the server is one rewrite.
     const ENDS_UNSEEN: u32 = 1;
     const ALL_WRITES_PER_BYTE_LIMIT: f64 = 1.05;
 
-    fn start(_lab: &Lab) -> TestRedis {
-        let server = TestRedis::start(&[("auto-aof-rewrite-percentage", "0")]);
+    fn start(_lab: &Lab) -> Server<R> {
+        let server = TestRedis::start_of(R::PRODUCT, &SETTINGS);
         server.run(&["SET", "first", "1"]);
-        server
+        Server(server, PhantomData)
     }
 
-    fn copy(&self) -> TestRedis {
-        let copy = TestRedis::prepare(&[("auto-aof-rewrite-percentage", "0")]);
+    fn copy(&self) -> Server<R> {
+        let copy = TestRedis::prepare_of(R::PRODUCT, &SETTINGS);
         copy_tree(&self.data_dir, &copy.data_dir);
-        copy
+        Server(copy, PhantomData)
     }
 
     fn data_dir(&self) -> &Path {
@@ -38,13 +77,14 @@ impl SourceServer for TestRedis {
     }
 
     fn pid(&self) -> u32 {
-        TestRedis::pid(self)
+        self.0.pid()
     }
 
     fn instance_section(&self, name: &str) -> String {
         format!(
-            "[[instance]]\nname = \"{name}\"\nengine = \"redis\"\ndata_dir = \"{}\"\nsocket = \"{}\"\nrun_as = \"{}\"\n\
+            "[[instance]]\nname = \"{name}\"\nengine = \"{}\"\ndata_dir = \"{}\"\nsocket = \"{}\"\nrun_as = \"{}\"\n\
              ship_every = \"1s\"\n",
+            R::ENGINE,
             self.data_dir.display(),
             self.socket.display(),
             server_user().name
@@ -52,11 +92,12 @@ impl SourceServer for TestRedis {
     }
 
     fn clone_sections(&self) -> String {
-        format!("[clone.redis]\nrun_as = \"{}\"\nbin_dir = \"{}\"\n", server_user().name, bin_dir().display())
+        let (user, bin_dir) = (server_user().name, self.bin_dir());
+        format!("[clone.{}]\nrun_as = \"{user}\"\nbin_dir = \"{}\"\n", R::ENGINE, bin_dir.display())
     }
 
     fn bin_dir(&self) -> PathBuf {
-        bin_dir()
+        R::PRODUCT.bin_dir()
     }
 
     fn write(&self, number: u32) {
@@ -66,18 +107,13 @@ impl SourceServer for TestRedis {
     fn fill(&self, mebibytes: u32) {
         let mut client = self.client();
         // The server compresses what repeats when it saves, and then there would be little to restore.
-        let mut state = random_u64() | 1;
-        let mut word = move || {
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
-            state
-        };
+        let mut random = File::open("/dev/urandom").unwrap();
+        let mut block = vec![0; 1 << 20];
         for _ in 0..mebibytes {
-            let keys: Vec<String> = (0..1024).map(|_| format!("fill-{:016x}", word())).collect();
-            let values: Vec<Vec<u8>> =
-                (0..1024).map(|_| (0..128).flat_map(|_| word().to_le_bytes()).collect()).collect();
-            let pairs = keys.iter().zip(&values).flat_map(|(key, value)| [key.as_bytes(), value.as_slice()]);
+            random.read_exact(&mut block).unwrap();
+            let keys: Vec<String> = (0..128).map(|_| format!("fill-{:016x}", random_u64())).collect();
+            let values = block.chunks_exact(8 << 10);
+            let pairs = keys.iter().zip(values).flat_map(|(key, value)| [key.as_bytes(), value]);
             let words: Vec<&[u8]> = std::iter::once(b"MSET".as_slice()).chain(pairs).collect();
             client.run_bytes(&words);
         }
@@ -129,25 +165,20 @@ impl SourceServer for TestRedis {
 
     fn own_log(&self) -> Vec<Vec<u8>> {
         keep_increments(self);
-        let mut files: Vec<(u64, PathBuf)> = std::fs::read_dir(kept_dir(self))
-            .unwrap()
-            .map(|entry| entry.unwrap().path())
-            .map(|path| (path.file_name().unwrap().to_str().unwrap().parse().unwrap(), path))
-            .collect();
-        files.sort();
-        files.iter().map(|(_, path)| std::fs::read(path).unwrap()).collect()
+        let increments = self.increments.lock().unwrap();
+        increments.values().map(whole).collect()
     }
 
     fn stop(&mut self) {
-        TestRedis::stop(self);
+        self.0.stop();
     }
 
     fn kill9(&mut self) {
-        self.kill();
+        self.0.kill();
     }
 
     fn launch(&mut self) {
-        self.start_again();
+        self.0.start_again();
     }
 
     fn facts(&self) -> BTreeMap<String, String> {
@@ -178,21 +209,20 @@ impl SourceServer for TestRedis {
     fn after_power_cut(&self, _clone: &CloneAt) {}
 }
 
-fn kept_dir(server: &TestRedis) -> PathBuf {
-    server.data_dir.with_file_name("kept")
-}
-
-/// Gives each increment that the server has now a name that the server does not know.
+/// Opens each increment that the server has now. A second name would be seen by the agent, which counts names.
 fn keep_increments(server: &TestRedis) {
-    std::fs::create_dir_all(kept_dir(server)).unwrap();
+    let mut increments = server.increments.lock().unwrap();
     for entry in std::fs::read_dir(server.data_dir.join(APPEND_DIR)).unwrap().flatten() {
         let name = entry.file_name().into_string().unwrap();
         let Some(sequence) = name.strip_suffix(".incr.aof").and_then(|rest| rest.rsplit('.').next()) else { continue };
-        let kept = kept_dir(server).join(sequence);
-        if !kept.exists() {
-            std::fs::hard_link(entry.path(), kept).unwrap();
-        }
+        increments.entry(sequence.parse().unwrap()).or_insert_with(|| File::open(entry.path()).unwrap());
     }
+}
+
+fn whole(file: &File) -> Vec<u8> {
+    let mut bytes = vec![0; usize::try_from(file.metadata().unwrap().len()).unwrap()];
+    file.read_exact_at(&mut bytes, 0).unwrap();
+    bytes
 }
 
 /// Running writers.
