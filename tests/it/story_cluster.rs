@@ -84,11 +84,13 @@ impl Scene {
         let replica = nodes.pop().unwrap();
 
         let (user, engine) = (server_user().name, product.engine().name());
+        // One of the products is followed as a replica, the others have their append-only files shipped.
+        let log = if product == Product::Redis8 { "log = \"replication\"\n" } else { "" };
         let mut sections = String::new();
         for (name, shard) in SHARDS.iter().zip(&nodes) {
             sections += &format!(
                 "[[instance]]\nname = \"{name}\"\nengine = \"{engine}\"\ndata_dir = \"{}\"\nsocket = \"{}\"\n\
-                 run_as = \"{user}\"\nship_every = \"1s\"\n",
+                 run_as = \"{user}\"\nship_every = \"1s\"\n{log}",
                 shard.data_dir.display(),
                 shard.socket.display()
             );
@@ -150,6 +152,15 @@ impl Scene {
     /// Every key of all shards, and the next whole second, before which it was all there.
     fn remember(&self) -> (Vec<Dump>, Timestamp) {
         let dumps = self.shards.iter().map(|shard| shard.client().dump()).collect();
+        // What the agent receives as a replica has the time at which it did.
+        for shard in &self.shards {
+            let end: u64 = shard.info("master_repl_offset").parse().unwrap();
+            wait_for("the shard's replicas to have everything", SOON, || {
+                let replicas = ["slave0", "slave1"].map(|replica| shard.info(replica));
+                let offset = |line: &str| line.split(',').find_map(|word| word.strip_prefix("offset=")?.parse().ok());
+                replicas.iter().all(|line| line.is_empty() || offset(line).is_some_and(|offset: u64| offset >= end))
+            });
+        }
         let second = Timestamp::now().as_second() + 1;
         wait_for("the next second", SOON, || Timestamp::now().as_second() > second);
         (dumps, Timestamp::from_second(second).unwrap())
