@@ -6,8 +6,9 @@
 //! as relay logs of a replication whose source does not exist, the last one cut behind that transaction; the server's
 //! SQL thread applies all there is, on several workers, committing in the order of the log. No client is between, no
 //! `UNTIL` is used. What was reached is then asked of the server: `gtid_slave_pos` or `gtid_executed`, which each
-//! transaction changes together with its rows, must be the state that the walker counted. Much log goes in batches, the server being
-//! started anew for each, because the list of relay logs is read when it starts.
+//! transaction changes together with its rows, must be the state that the walker counted. Much log goes in batches, the next one
+//! being placed while one is applied, and the server being started anew for each, because the list of relay logs is read
+//! when it starts.
 //!
 //! Serving the log as a replication source would need no list and no batches, but it needs a network in the quarantine
 //! and writes every byte once more; placed files were exact and applied at the speed of the applier (tried on
@@ -134,10 +135,17 @@ impl Goal<'_> {
         self.progress.note(format!("replaying the log from '{}'", Position::File { number, offset }));
         let mut state = Some(first_state);
         let mut done = 0;
-        while let Some(batch) = feed.next_batch(&self.grounds.server.user, self.cancel).await? {
-            if batch.transactions > 0 {
-                self.run_batch(&batch, state.take(), done, total).await?;
-            }
+        let user = &self.grounds.server.user;
+        let mut next = feed.next_batch(user, self.cancel).await?;
+        while let Some(batch) = next {
+            // The next one is placed while the server applies this one.
+            let apply = async {
+                match batch.transactions {
+                    0 => Ok(()),
+                    _ => self.run_batch(&batch, state.take(), done, total).await,
+                }
+            };
+            ((), next) = tokio::try_join!(apply, feed.next_batch(user, self.cancel))?;
             done += batch.bytes;
             self.progress.set(done, total.max(done));
         }

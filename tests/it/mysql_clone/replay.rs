@@ -124,6 +124,38 @@ async fn an_accepted_mariadb_clone_goes_on_in_a_log_of_its_own() {
     assert!(span.facts["gtid_state"].starts_with("0-") && span.start == span.stop, "{span:?}");
 }
 
+#[tokio::test]
+async fn much_log_is_replayed_in_batches_the_next_of_which_is_placed_meanwhile() {
+    let mut source = Source::start(&["--sync-binlog=0", "--innodb-flush-log-at-trx-commit=0"]).await;
+    source.commit_rows(1, 5).await;
+    source.back_up().await;
+    // More than the first batch holds, and then three files more.
+    for sql in [
+        "CREATE TABLE shop.wide (id INT PRIMARY KEY, filler TEXT NOT NULL)",
+        "INSERT INTO shop.wide SELECT seq, REPEAT(MD5(seq), 31) FROM shop.seq_1_to_36000",
+        "FLUSH BINARY LOGS",
+    ] {
+        source.session.query_within(std::time::Duration::from_secs(120), sql).await.unwrap();
+    }
+    for from in [6, 26, 46] {
+        source.commit_rows(from, from + 19).await;
+        source.session.execute("FLUSH BINARY LOGS").await.unwrap();
+    }
+    source.commit_rows(66, 80).await;
+    source.archive_log().await;
+    let sum = "SELECT CONCAT(COUNT(*), ' ', SUM(CRC32(filler))) FROM shop.wide";
+    let wanted = source.session.value(sum).await.unwrap();
+    let clone = Clone::stage(&source).await;
+    clone.recover(&source, Target::Latest).await.unwrap();
+    assert_eq!(clone.rows().await, rows(80));
+    assert_eq!(clone.session().await.value(sum).await.unwrap(), wanted);
+    let log = std::fs::read_to_string(clone.site.run_dir.join("mariadb.log")).unwrap();
+    assert_eq!(log.matches(" as process ").count(), 2, "the server is started once for each batch");
+    let names = std::fs::read_dir(&clone.site.data_dir).unwrap().map(|entry| entry.unwrap().file_name());
+    let left: Vec<_> = names.filter(|name| name.to_string_lossy().contains("relay-1.")).collect();
+    assert!(left.is_empty(), "{left:?} of the first batch take space");
+}
+
 /// Cancels a replay when the log is asked for.
 struct CancelledHere(Archive, CancellationToken);
 

@@ -26,8 +26,10 @@ use crate::error::{Context, Error, Kind, Result};
 use crate::model::position::Position;
 use crate::model::target::Target;
 
-/// Log that lies in the clone at the same time. One file may be longer.
+/// Log in one batch; two lie in the clone at the same time. One file may be longer.
 const BATCH_BYTES: u64 = 1 << 30;
+/// Of the first batch, because nothing is applied while it is placed.
+const FIRST_BATCH_BYTES: u64 = 32 << 20;
 const PIECE_BYTES: usize = 4 << 20;
 /// MariaDB: the first file is copied from its start, for the event that describes its format, up to here; what lies
 /// between this and the start of replay is left out, and a hole in the copy.
@@ -273,7 +275,8 @@ impl Feed {
             bytes_to_end: 0,
             end_state: self.cutter.end.state.clone(),
         };
-        while !self.is_over && batch.bytes < BATCH_BYTES {
+        let limit = if self.batches == 1 { FIRST_BATCH_BYTES } else { BATCH_BYTES };
+        while !self.is_over && batch.bytes < limit {
             let name = log_name(self.number);
             let Some(bytes) = self.logs.available(&name).await? else {
                 self.is_over = true;
