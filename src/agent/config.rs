@@ -114,6 +114,8 @@ pub struct InstanceConfig {
     pub slot_limit_bytes: u64,
     /// Where a MySQL server puts the copy of itself that a backup is made of; beside its data directory if nothing is said.
     pub backup_dir: Option<PathBuf>,
+    /// MariaDB and MySQL: the agent lets the server purge binary logs once they are shipped.
+    pub purge_shipped: bool,
     /// Nothing means: backups only by hand.
     pub backup: Option<BackupSchedule>,
 }
@@ -415,6 +417,7 @@ impl Reader<'_> {
             })?,
             slot_limit_bytes: self.parse_or(&raw.slot_limit, 16 << 30, value::parse_size)?,
             backup_dir: raw.backup_dir.as_ref().map(|path| self.path(path)).transpose()?,
+            purge_shipped: raw.purge_shipped.as_ref().is_some_and(|purge| *purge.get_ref()),
             backup: raw.backup.as_ref().map(|backup| self.backup(backup)).transpose()?,
         })
     }
@@ -425,13 +428,15 @@ impl Reader<'_> {
         let [socket_dir, database, ship] =
             [("socket_dir", &raw.socket_dir), ("database", &raw.database), ("ship", &raw.ship)];
         let (log, backup_dir) = (("log", &raw.log), ("backup_dir", &raw.backup_dir));
+        let is_mysql = matches!(engine, EngineKind::MariaDb | EngineKind::MySql);
         let strangers: Vec<(&str, &Option<raw::Text>)> = match engine {
             EngineKind::Redis | EngineKind::Valkey => vec![socket_dir, database, ship, backup_dir],
             EngineKind::MariaDb => vec![socket_dir, database, ship, backup_dir, log],
             EngineKind::MySql => vec![socket_dir, database, ship, log],
             EngineKind::Postgres | EngineKind::Fake => vec![socket, password_file, backup_dir, log],
         };
-        let found = strangers.iter().find_map(|(key, value)| value.as_ref().map(|text| (key, text.span())));
+        let purge = raw.purge_shipped.as_ref().filter(|_| !is_mysql).map(|value| ("purge_shipped", value.span()));
+        let found = strangers.iter().find_map(|(key, value)| value.as_ref().map(|text| (*key, text.span()))).or(purge);
         match found {
             None => Ok(()),
             Some((key, span)) => Err(self.wrong(

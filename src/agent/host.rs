@@ -249,6 +249,7 @@ fn mysql_source(product: Product, config: &InstanceConfig) -> MySqlSource {
         run_as: config.run_as.clone(),
         bin_dir: config.bin_dir.clone(),
         backup_dir: config.backup_dir.clone(),
+        purge_shipped: config.purge_shipped,
     }
 }
 

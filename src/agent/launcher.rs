@@ -77,6 +77,7 @@ mod tests {
             ship_every: Duration::from_secs(5),
             slot_limit_bytes: 1 << 30,
             backup_dir: None,
+            purge_shipped: false,
             backup: None,
         };
         registry::add(state_dir, &config, "boot 1").unwrap();

@@ -140,6 +140,7 @@ fn instance_of(kept: RegisteredInstance, engine: EngineKind) -> InstanceConfig {
         ship_every: SHIP_EVERY,
         slot_limit_bytes: SLOT_LIMIT_BYTES,
         backup_dir: None,
+        purge_shipped: false,
         backup: None,
     }
 }
@@ -197,6 +198,7 @@ mod tests {
             ship_every: SHIP_EVERY,
             slot_limit_bytes: SLOT_LIMIT_BYTES,
             backup_dir: None,
+            purge_shipped: false,
             backup: None,
         };
         add(state.path(), &instance, "boot").unwrap();

@@ -160,6 +160,7 @@ mod tests {
             ship_every: Duration::from_secs(5),
             slot_limit_bytes: 1 << 30,
             backup_dir: None,
+            purge_shipped: false,
             backup: None,
         }
     }

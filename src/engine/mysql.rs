@@ -29,6 +29,7 @@ pub mod passwords;
 pub mod product;
 pub mod programs;
 pub mod recovery;
+pub mod release;
 pub mod server;
 pub mod session;
 pub mod settings;
@@ -55,6 +56,8 @@ pub struct MySqlSource {
     /// MySQL: below this directory the server puts the copy that a backup is made of. Beside the data directory if not
     /// set.
     pub backup_dir: Option<PathBuf>,
+    /// Whether the server is told to forget log that is shipped.
+    pub purge_shipped: bool,
 }
 
 /// A running server of MariaDB or MySQL on this host.
@@ -120,9 +123,10 @@ impl Engine for MySqlEngine {
         log_read::open(self, file, from, to).await
     }
 
-    async fn release_log(&self, _position: Position) -> Result<()> {
-        // The server forgets its log by its own settings; 'doctor' warns where these leave little time.
-        Ok(())
+    async fn release_log(&self, position: Position) -> Result<()> {
+        // Unless it is told to, the server forgets its log by its own settings; 'doctor' warns where these leave little
+        // time.
+        release::release(self, position).await
     }
 
     async fn detach(&self) -> Result<()> {

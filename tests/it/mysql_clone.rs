@@ -33,6 +33,7 @@ use crate::support::postgres::free_port;
 
 mod bench;
 mod log;
+mod purge;
 mod replay;
 
 /// A base that is written into a directory.

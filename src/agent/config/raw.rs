@@ -111,6 +111,7 @@ pub struct RawInstance {
     pub ship_every: Option<Text>,
     pub slot_limit: Option<Text>,
     pub backup_dir: Option<Text>,
+    pub purge_shipped: Option<Spanned<bool>>,
     pub backup: Option<RawBackup>,
 }
 

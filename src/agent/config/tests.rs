@@ -517,7 +517,11 @@ fn a_mariadb_server_has_its_own_defaults_and_its_own_keys() {
     let instance = &config.instances[0];
     assert_eq!((instance.port, instance.run_as.as_str(), instance.user.as_str()), (3306, "mysql", "mysql"));
     assert_eq!(instance.socket.as_deref(), Some(Path::new("/run/mysqld/mysqld.sock")));
-    assert_eq!(instance.password_file, None);
+    assert_eq!((&instance.password_file, instance.purge_shipped), (&None, false));
+    assert!(parse(&format!("{SMALL}{mariadb}purge_shipped = true\n")).unwrap().instances[0].purge_shipped);
+    let error =
+        parse(&format!("{SMALL}{}purge_shipped = true\n", mariadb.replace("\"mariadb\"", "\"redis\""))).unwrap_err();
+    assert!(error.message().contains("'purge_shipped' means nothing for engine 'redis'"), "{error}");
     let error = parse(&format!("{SMALL}{mariadb}socket_dir = \"/s\"\n")).unwrap_err();
     assert!(error.message().contains("'socket_dir' means nothing for engine 'mariadb'"), "{error}");
 }

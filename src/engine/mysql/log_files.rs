@@ -46,8 +46,15 @@ impl LogPlace {
         PathBuf::from(path)
     }
 
-    fn base_name(&self) -> String {
+    pub fn base_name(&self) -> String {
         self.base.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
+    }
+
+    /// The numbers of the files that the server has, in order, up to the open one. Blocking.
+    pub fn numbers(&self, open: u64) -> Result<Vec<u64>> {
+        let index =
+            std::fs::read_to_string(&self.index).context(|| format!("cannot read '{}'", self.index.display()))?;
+        Ok(numbers_in_index(&index, &self.base_name(), open))
     }
 }
 
@@ -69,9 +76,7 @@ async fn list_unnamed(engine: &MySqlEngine, after: Option<&str>) -> Result<LogLi
     }
     // After the server was asked: whatever it names has its file.
     let files = run_blocking("list binary logs", move || {
-        let index =
-            std::fs::read_to_string(&place.index).context(|| format!("cannot read '{}'", place.index.display()))?;
-        let mut numbers = numbers_in_index(&index, &place.base_name(), open);
+        let mut numbers = place.numbers(open)?;
         numbers.retain(|number| after.is_none_or(|after| *number > after));
         require_next(after, numbers.first().copied())?;
         listed_files(&place, numbers.into_iter(), offset)

@@ -58,8 +58,13 @@ impl Release {
 
     /// A command of this release that finds its own messages and plugins.
     fn server_command(self, name: &str) -> Command {
+        self.server_command_with(name, "--no-defaults")
+    }
+
+    /// The same with the option file that the first argument names.
+    fn server_command_with(self, name: &str, defaults: &str) -> Command {
         let mut command = Command::new(self.program(name));
-        command.arg("--no-defaults");
+        command.arg(defaults);
         if let Some(root) = self.root() {
             command.arg(format!("--basedir={}", root.join("usr").display()));
         }
@@ -127,7 +132,10 @@ impl MariaServer {
     /// Starts the server again.
     pub fn launch(&mut self) {
         let log = self.work_dir.join("log");
-        let mut command = self.release.server_command("mariadbd");
+        // A server takes this one in front only.
+        let is_file = |argument: &&String| argument.starts_with("--defaults-file=");
+        let defaults = self.arguments.iter().find(is_file).map_or("--no-defaults", String::as_str);
+        let mut command = self.release.server_command_with("mariadbd", defaults);
         command
             .args(["--skip-networking", "--server-id=5", "--log-bin=binlog", "--binlog-format=ROW"])
             .args(["--sync-binlog=1", "--innodb-flush-log-at-trx-commit=1", "--gtid-strict-mode=1"])
@@ -137,7 +145,7 @@ impl MariaServer {
             .arg(format!("--socket={}", self.socket.display()))
             .arg(format!("--pid-file={}", self.work_dir.join("pid").display()))
             .arg(format!("--log-error={}", log.display()))
-            .args(&self.arguments)
+            .args(self.arguments.iter().filter(|argument| !is_file(argument)))
             .current_dir(&self.data_dir)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
@@ -165,6 +173,7 @@ impl MariaServer {
             run_as: self.user.name.clone(),
             bin_dir: self.release.root().is_some().then(|| self.release.bin_dir()),
             backup_dir: None,
+            purge_shipped: false,
         }
     }
 

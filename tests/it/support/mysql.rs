@@ -132,6 +132,7 @@ impl MySqlServer {
             run_as: self.user.name.clone(),
             bin_dir: None,
             backup_dir: None,
+            purge_shipped: false,
         }
     }
 
