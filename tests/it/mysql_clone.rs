@@ -32,6 +32,7 @@ use crate::support::mariadb::{MariaServer, own};
 use crate::support::postgres::free_port;
 
 mod bench;
+mod left_behind;
 mod log;
 mod purge;
 mod replay;

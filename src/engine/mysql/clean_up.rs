@@ -10,12 +10,15 @@ use crate::error::Result;
 mod mysql_items;
 
 /// Settings of the source that point at its host or its replication, for the report.
-const SHOWN: [&str; 9] = [
+const SHOWN: [&str; 12] = [
+    "bind_address",
     "general_log_file",
     "init_connect",
+    "init_file",
     "init_slave",
     "log_error",
     "report_host",
+    "report_port",
     "slow_query_log_file",
     "ssl_cert",
     "ssl_key",
@@ -43,7 +46,7 @@ async fn clean_up_mariadb(session: &Session, site: &CloneSite) -> Result<Vec<Cle
     done(
         "replication",
         match slaves {
-            0 => "none was configured".to_string(),
+            0 => "none came with the copy".to_string(),
             count => format!("{count} connection(s) to sources removed, with their relay logs"),
         },
     );
@@ -75,7 +78,8 @@ async fn clean_up_mariadb(session: &Session, site: &CloneSite) -> Result<Vec<Cle
         },
     );
     done("server id", format!("a new one in '{}'", site.data_dir.join(OPTION_FILE).display()));
-    done("GTID", "the binary log of the new life begins where the clone left its source".to_string());
+    let state = session.value("SELECT @@GLOBAL.gtid_slave_pos").await?.unwrap_or_default();
+    done("GTID", format!("the binary log of the new life begins where the clone left its source, at '{state}'"));
     done("account of the agent", ACCOUNT_LEFT.replace("{}", &site.run_dir.display().to_string()));
     for name in SHOWN {
         if let Some(value) = site.facts.get(&format!("setting.{name}")).filter(|value| !value.is_empty()) {

@@ -149,6 +149,57 @@ async fn a_clone_of_mariadb_that_its_host_cannot_run_or_its_log_cannot_reach_is_
     insta::assert_snapshot!(said.finish());
 }
 
+/// A plugin that does nothing, in a library of its own, for a server of this version (`include/mysql/plugin.h`: a daemon
+/// plugin is of type 3, and knows the server's version).
+fn build_plugin(directory: &Path, version: &str) {
+    let source = directory.join("keiki_probe.c");
+    let code = "struct plugin { int type; void *info; const char *name, *author, *about; int license; \
+                int (*start)(void *); int (*end)(void *); unsigned version; void *status, *settings; const char *text; \
+                unsigned maturity; };\n\
+                static int info = VERSION_ID << 8;\n\
+                static int nothing(void *unused) { return 0; }\n\
+                int _maria_plugin_interface_version_ = 0x010e;\n\
+                int _maria_sizeof_struct_st_plugin_ = sizeof(struct plugin);\n\
+                struct plugin _maria_plugin_declarations_[] = {{3, &info, \"keiki_probe\", \"\", \"\", 1, nothing, nothing, \
+                1, 0, 0, \"1\", 5}, {0}};\n";
+    fs::write(&source, code).unwrap();
+    let numbers: Vec<u32> = version.split('.').map(|number| number.parse().unwrap()).collect();
+    let output = std::process::Command::new("cc")
+        .args(["-shared", "-fPIC", "-w", "-o"])
+        .arg(directory.join("keiki_probe.so"))
+        .arg(format!("-DVERSION_ID={}", numbers[0] * 10_000 + numbers[1] * 100 + numbers[2]))
+        .arg(&source)
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_plugin_that_the_host_of_a_clone_of_mariadb_lacks_is_named_before_anything_is_done() {
+    let lab = new_lab();
+    let plugins = lab.directory_of_server_user("plugins");
+    let version = std::process::Command::new(Release::V10_11.program("mariadbd")).arg("--version").output().unwrap();
+    let version = String::from_utf8(version.stdout).unwrap();
+    let version = version.split_once("Ver ").unwrap().1.split('-').next().unwrap().to_string();
+    build_plugin(&plugins, &version);
+    let plugin_dir = format!("--plugin-dir={}", plugins.display());
+    let source = MariaServer::start(&[&plugin_dir, "--plugin-load-add=keiki_probe.so", "--plugin-maturity=unknown"]);
+    let a = host_with(&lab, "a", source.clone_section() + &source.instance_section("orders", "ship_every = \"1s\""));
+    a.keiki_ok(&["repository", "init"]);
+    wait_until_state(&a, "orders", "archiving");
+    a.keiki_ok(&["backup", "create", "orders"]);
+    let mut said = Said::new(mask(&lab));
+    let list = a.keiki_ok(&["clone", "orders", "--as", "copy", "--latest", "--check"]);
+    let lines: Vec<&str> = list.lines().skip_while(|line| !line.contains("  plugins ")).take(2).collect();
+    assert!(!lines.is_empty(), "{list}");
+    said.note("keiki clone orders --as copy --latest --check", &lines.join("\n"));
+    // Nothing that needs it, so the clone is made.
+    let port = free_port().to_string();
+    a.keiki_ok(&["clone", "orders", "--as", "copy", "--latest", "--port", &port]);
+    a.keiki_ok(&["discard", "copy", "--yes"]);
+    insta::assert_snapshot!(said.finish());
+}
+
 /// What status says is wrong with the instance, once it says something with this in it.
 fn problem_with(host: &Host, expected: &str) -> String {
     let mut found = String::new();
