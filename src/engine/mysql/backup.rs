@@ -68,8 +68,6 @@ pub mod fact {
     /// MySQL: `ON` if every transaction has a name, and how strict the server is about it.
     pub const GTID_MODE: &str = "gtid_mode";
     pub const GTID_CONSISTENCY: &str = "enforce_gtid_consistency";
-    /// MySQL: how many sources it replicates from, if the account may see that.
-    pub const CHANNELS: &str = "replication_channels";
     /// MySQL: tables that a backup has without their rows, separated by commas.
     pub const EMPTY_TABLES: &str = "empty_tables";
 }

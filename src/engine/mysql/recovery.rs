@@ -37,7 +37,6 @@ mod copy;
 mod feed;
 mod state;
 
-pub use copy::forget_channels;
 use feed::{Batch, End, Feed};
 pub use feed::{find_transaction, remove_relay_logs};
 use state::{Phase, RecoveryState};

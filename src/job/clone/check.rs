@@ -146,8 +146,9 @@ async fn source_agent_item(host: &CloneHost, source: &Incarnation) -> (CheckItem
         }
         Err(error) => {
             let hint = "the clone can reach what was shipped before; 'keiki window' shows how far that is";
-            let is_there = error.kind() != Kind::Unreachable;
-            let advice = error.hint_text().filter(|_| is_there).map(str::to_string);
+            // A host that is no peer and an agent that has no such instance know nothing of its log either.
+            let has_looked = !matches!(error.kind(), Kind::Unreachable | Kind::NotFound);
+            let advice = error.hint_text().filter(|_| has_looked).map(str::to_string);
             (CheckItem::warn(what, error.message(), hint), None, advice)
         }
     }

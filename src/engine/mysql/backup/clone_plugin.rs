@@ -230,16 +230,11 @@ async fn remove_left_copies(engine: &MySqlEngine, session: &Session) -> Result<(
     if found.is_empty() {
         return Ok(());
     }
-    // Without its plugin a server makes no copies, and has no list of them.
-    let sql =
-        "SELECT COUNT(*) FROM information_schema.PLUGINS WHERE PLUGIN_NAME = 'clone' AND PLUGIN_STATUS = 'ACTIVE'";
-    let has_plugin = session.number(sql).await? > 0;
     // The server does not notice by itself that nobody waits for it.
     let began = std::time::Instant::now();
     loop {
         let sql = "SELECT PID FROM performance_schema.clone_status WHERE STATE = 'In Progress' AND PID > 0";
-        let pid = if has_plugin { session.value(sql).await? } else { None };
-        let Some(pid) = pid else { break };
+        let Some(pid) = session.value(sql).await? else { break };
         if began.elapsed() > GIVE_UP_LIMIT {
             return Err(Error::new(Kind::Conflict, "the server is making another copy of itself")
                 .hint("wait until it has ended: see performance_schema.clone_status"));
@@ -310,10 +305,6 @@ async fn collect_facts(engine: &MySqlEngine, session: &Session) -> Result<BTreeM
         facts.extend(rows.first(column).map(|value| (key.to_string(), value.to_string())));
     }
     facts.insert(fact::PLUGINS.to_string(), plugin_facts(session).await?);
-    // Who may not see it is told by the check of the source, and a clone looks for itself.
-    if let Ok(channels) = session.query("SHOW REPLICA STATUS").await {
-        facts.insert(fact::CHANNELS.to_string(), channels.rows.len().to_string());
-    }
     facts.insert(fact::EMPTY_TABLES.to_string(), tables_left_empty(session).await?.join(","));
     let identity = crate::engine::mysql::source::identify(engine).await?;
     facts.insert(fact::SYSTEM_ID.to_string(), identity.system_id);

@@ -3,8 +3,7 @@
 use super::{ACCOUNT_LEFT, shortened};
 use crate::engine::mysql::backup::fact;
 use crate::engine::mysql::clone::OPTION_FILE;
-use crate::engine::mysql::recovery::forget_channels;
-use crate::engine::mysql::session::Session;
+use crate::engine::mysql::session::{Session, quoted};
 use crate::engine::{CleanUpItem, CloneSite};
 use crate::error::Result;
 
@@ -12,14 +11,18 @@ use crate::error::Result;
 pub(super) async fn clean_up(session: &Session, site: &CloneSite) -> Result<Vec<CleanUpItem>> {
     let mut items = Vec::new();
     let mut done = |what: &str, done: String| items.push(CleanUpItem { what: what.to_string(), done });
-    // Those of the source were forgotten before the replay, which itself needs one.
-    let before = site.facts.get(fact::CHANNELS).and_then(|count| count.parse::<usize>().ok()).unwrap_or(0);
-    let found = forget_channels(session).await?;
+    let channels = names(session, "SELECT CHANNEL_NAME FROM mysql.slave_master_info").await?;
+    for channel in &channels {
+        session.execute(&format!("STOP REPLICA FOR CHANNEL {}", quoted(channel))).await?;
+        session.execute(&format!("RESET REPLICA ALL FOR CHANNEL {}", quoted(channel))).await?;
+    }
+    session.execute("STOP REPLICA").await?;
+    session.execute("RESET REPLICA ALL").await?;
     done(
         "replication",
-        match before.max(found) {
+        match channels.len() {
             0 => "none was configured".to_string(),
-            count => format!("{count} channel(s) to sources removed"),
+            count => format!("{count} channel(s) to sources removed, with their relay logs"),
         },
     );
     // Events that were made while the log was replayed are marked as those of a replication source.

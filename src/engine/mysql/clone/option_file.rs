@@ -154,10 +154,6 @@ pub fn render_instance(site: &CloneSite, server: &Server) -> String {
         Product::MariaDb => "skip_slave_start = ON\n",
         Product::MySql => "skip_replica_start = ON\n",
     };
-    // On by default there.
-    if server.program.product == Product::MySql && !site.settings.contains_key("event_scheduler") {
-        text += "event_scheduler = OFF\n";
-    }
     if server.program.product == Product::MariaDb && !site.settings.contains_key("binlog_format") {
         text += "binlog_format = ROW\n";
     }

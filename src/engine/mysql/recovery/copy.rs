@@ -85,9 +85,6 @@ impl Goal<'_> {
     pub(super) async fn start_of_replay(&self) -> Result<((u64, u64), LogState)> {
         let start = self.site.backup_start.file()?;
         let product = self.grounds.product;
-        if product == Product::MySql {
-            self.forget_channels().await?;
-        }
         if product == Product::MariaDb || self.has_gtids() {
             let state = self.site.facts.get(fact::GTID_STATE).map_or("", String::as_str);
             return Ok((start, product.parse_state(state)?));
@@ -105,17 +102,6 @@ impl Goal<'_> {
             return Err(wrong(format!("it says that it is at offset {} of log file {}", place.1, place.0)));
         }
         Ok((place, state))
-    }
-
-    /// A copy of a replica knows its sources and looks for their relay logs: it forgets them before it gets any of ours.
-    async fn forget_channels(&self) -> Result<()> {
-        if self.site.facts.get(fact::CHANNELS).is_some_and(|count| count == "0") {
-            return Ok(());
-        }
-        let (_, session) = self.grounds.start_quarantined(self.site, &[], self.cancel).await?;
-        forget_channels(&session).await?;
-        drop(session);
-        self.grounds.server.stop_cleanly(self.cancel).await
     }
 
     /// Whether every transaction of the source has a name.
@@ -143,14 +129,4 @@ impl Goal<'_> {
             false => Err(wrong(format!("the copy has '{found}', and the backup began with '{state}'"))),
         }
     }
-}
-
-/// Removes the configuration of every replication of MySQL and says how many there were. None of them runs.
-pub async fn forget_channels(session: &Session) -> Result<usize> {
-    let sql = "SELECT CHANNEL_NAME FROM mysql.slave_master_info";
-    let channels: Vec<String> = session.query(sql).await?.rows.into_iter().flatten().flatten().collect();
-    for channel in &channels {
-        session.execute(&format!("RESET REPLICA ALL FOR CHANNEL {}", quoted(channel))).await?;
-    }
-    Ok(channels.len())
 }
