@@ -15,7 +15,6 @@ mod story_held;
 mod story_schedule;
 mod jobs_fake;
 mod mysql_clone;
-mod mysql_server;
 mod story_killing;
 mod peers;
 mod postgres_backup;

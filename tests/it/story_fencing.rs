@@ -17,7 +17,8 @@ use super::support::hosts::{Host, free_port, tail};
 use super::support::matrix::{SourceServer, copy_tree, on_every_engine};
 use super::support::postgres::{TestServer, Version};
 use super::support::two_hosts::{
-    Ship, TwoHosts, Via, copy_data_dir, difference, settled_objects, wait_until_shipped, wait_until_state,
+    Ship, TwoHosts, Via, copy_data_dir, difference, lasting_objects, settled_objects, wait_until_shipped,
+    wait_until_state,
 };
 
 on_every_engine![
@@ -94,7 +95,7 @@ fn a_data_directory_copied_elsewhere_with_its_agent_s_state_archives_nothing<S: 
     let incarnation = stage.incarnation_dir(&stage.a, "orders");
     stage.source.stop();
     stage.a.stop_agent();
-    let archive = settled_objects(&incarnation);
+    let archive = lasting_objects(&incarnation);
 
     // All of a host is copied to another one, which believes to be the first; nobody holds the lease.
     let mut copy = stage.source.copy();
@@ -218,8 +219,8 @@ fn an_accepted_clone_beside_its_source_archives_into_its_own_incarnation_only<S:
 
     // With the source at rest, whatever changes below its incarnation comes from the clone.
     stage.source.kill9();
-    let archive = settled_objects(&of_source);
     let of_clone_before = settled_objects(&of_clone);
+    let archive = lasting_objects(&of_source);
     stage.source.write_to(&clone);
     for _ in 0..5 {
         stage.source.end_log_file_of(&clone);
@@ -227,7 +228,7 @@ fn an_accepted_clone_beside_its_source_archives_into_its_own_incarnation_only<S:
     wait_until_shipped(&stage.a, "copy");
     let of_clone_after = settled_objects(&of_clone);
     assert_ne!(of_clone_after, of_clone_before, "the clone archives nothing");
-    assert_eq!(settled_objects(&of_source), archive, "the clone changed its source's archive");
+    assert_eq!(lasting_objects(&of_source), archive, "the clone changed its source's archive");
 
     // Both go on, each for itself.
     stage.source.launch();
@@ -274,7 +275,7 @@ fn a_data_directory_that_was_put_back_cannot_go_on_with_the_open_file_that_it_ar
     let incarnation = stage.incarnation_dir(&stage.a, "orders");
     stage.source.stop();
     stage.a.stop_agent();
-    let archive = settled_objects(&incarnation);
+    let archive = lasting_objects(&incarnation);
 
     put_back(&kept, &stage.source);
     stage.source.launch();
@@ -312,7 +313,7 @@ fn put_back_and_assert_stopped<S: SourceServer>(is_new_directory: bool, log_file
     let incarnation = stage.incarnation_dir(&stage.a, "orders");
     stage.source.stop();
     stage.a.stop_agent();
-    let archive = settled_objects(&incarnation);
+    let archive = lasting_objects(&incarnation);
 
     let data_dir = stage.source.data_dir();
     if is_new_directory {
