@@ -1,5 +1,6 @@
 //! The daemon: configuration, one supervisor per instance, and what answers requests.
 
+use std::io::IsTerminal;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -61,9 +62,10 @@ pub fn run(config: Config, config_path: &Path) -> Result<()> {
 fn start_logging() {
     let filter = tracing_subscriber::EnvFilter::try_from_env("KEIKI_LOG")
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
-    // A second subscriber in one process (tests) is refused; the first stays.
-    let _ =
-        tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false).try_init();
+    let lines = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
+    // Colours are for terminals: a file or the journal would show them as signs. A second subscriber in one process
+    // (tests) is refused; the first stays.
+    let _ = lines.with_ansi(std::io::stderr().is_terminal()).try_init();
 }
 
 async fn serve(config: Config, config_path: &Path) -> Result<()> {

@@ -88,7 +88,8 @@ fn show(backup: &Backup) {
         ("stored", human_bytes(backup.stored_bytes)),
     ];
     lines.extend(facts.into_iter().map(|(name, value)| (name.as_str(), value.clone())));
+    let width = lines.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
     for (name, value) in lines {
-        println!("{name:30} {value}");
+        println!("{}", format!("{name:width$}  {value}").trim_end());
     }
 }

@@ -158,8 +158,9 @@ fn tar_file(place: &Path, modified_at: u64) -> Result<Box<dyn Output>> {
 }
 
 fn text(done: &Downloaded) -> String {
-    let mut lines =
-        vec![format!("{} in {} files, and {} log files", human_bytes(done.bytes), done.files, done.log_files)];
+    let log_files = if done.log_files == 1 { "log file" } else { "log files" };
+    let bytes = human_bytes(done.bytes);
+    let mut lines = vec![format!("{bytes} in {} files, and {} {log_files}", done.files, done.log_files)];
     lines.extend(done.left_out.iter().map(|what| format!("left out: {what}")));
     lines.push(done.advice.to_string());
     lines.join("\n")

@@ -1,5 +1,7 @@
 //! `keiki repository`: prepare the place where everything is kept, show what is in it, and what it costs.
 
+use jiff::Timestamp;
+
 use crate::cli::Outcome;
 use crate::cli::arguments::RepositoryAction;
 use crate::cli::connection::{Connection, expect_response};
@@ -44,7 +46,7 @@ fn facts_text(facts: &RepositoryFacts) -> String {
         format!("repository  {}", facts.url),
         format!("id          {}", facts.id),
         format!("format      {}", facts.format_version),
-        format!("created     {}", utc_text(facts.created_at)),
+        format!("created     {}", second_text(facts.created_at)),
     ];
     lines.extend(facts.capabilities.iter().map(|(name, value)| format!("{name:<11} {value}")));
     let mut all = facts.inventory.rest;
@@ -54,7 +56,7 @@ fn facts_text(facts: &RepositoryFacts) -> String {
         rows.push(vec![
             format!("{}/{}", incarnation.host, incarnation.instance),
             incarnation.id.to_string(),
-            utc_text(incarnation.began_at),
+            second_text(incarnation.began_at),
             holdings.manifests.objects.to_string(),
             total_text(holdings.log),
             total_text(holdings.packs),
@@ -68,6 +70,11 @@ fn facts_text(facts: &RepositoryFacts) -> String {
     lines.push(format!("\nbeside      {}", total_text(facts.inventory.rest)));
     lines.push(format!("all         {}", total_text(all)));
     lines.join("\n")
+}
+
+/// An instant to the second: nobody clones to these.
+fn second_text(instant: Timestamp) -> String {
+    utc_text(Timestamp::from_second(instant.as_second()).unwrap_or(instant))
 }
 
 fn total_text(total: Total) -> String {
@@ -106,13 +113,13 @@ fn cost_text(cost: &RepositoryCost) -> String {
         rows.push(row);
     }
     let mut parts = vec![
-        format!("repository  {}\ncounted     by this agent since {}", cost.repository, utc_text(reading.since)),
+        format!("repository  {}\ncounted     by this agent since {}", cost.repository, second_text(reading.since)),
         table::render(&headings, rows),
     ];
     if reading.last_hour_seconds < SECONDS_THAT_SAY_SOMETHING {
         let counted = human_seconds(reading.last_hour_seconds);
         parts.push(format!(
-            "this agent has counted for {counted} only: what a month is like, the hours to come will show"
+            "this agent has counted for {counted} only, and what begins asks for more than what goes on: look again later"
         ));
     }
     parts.push(match &cost.prices {
@@ -211,7 +218,7 @@ mod tests {
             url: "file:///srv/keiki".into(),
             id: RepositoryId::parse(id).unwrap(),
             format_version: 1,
-            created_at: "2026-11-21T08:00:00Z".parse().unwrap(),
+            created_at: "2026-11-21T08:00:00.628026506Z".parse().unwrap(),
             capabilities: vec![("listing".into(), "in order".into())],
             inventory: Inventory { incarnations: vec![(incarnation, holdings)], rest: total(1, 200) },
         };

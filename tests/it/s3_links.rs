@@ -128,6 +128,7 @@ fn a_backup_restored_by_links_alone_is_the_one_that_is_downloaded() {
     let first: serde_json::Value =
         serde_json::from_str(fs::read_to_string(&links).unwrap().lines().next().unwrap()).unwrap();
     assert_eq!((&first["backup"], &first["keiki"]), (&scene.backup.clone().into(), &env!("CARGO_PKG_VERSION").into()));
+    assert_eq!(first["repository"], format!("{}/keiki/{}", scene.proxy.endpoint(), scene.prefix));
     let objects = objects_of(&links);
     for part in ["keiki.json", "/identity.json", "/manifest", "/packs/", "/log/"] {
         assert!(objects.iter().any(|object| object.key.contains(part)), "no link to '{part}'");
@@ -140,7 +141,7 @@ fn a_backup_restored_by_links_alone_is_the_one_that_is_downloaded() {
     let restored = place("restored");
     let output = restore(&links, &["--to", restored.to_str().unwrap()]);
     assert!(output.status.success(), "{}", text(&output.stderr));
-    assert!(text(&output.stdout).contains("log files"), "{}", text(&output.stdout));
+    assert!(text(&output.stdout).contains(" log file"), "{}", text(&output.stdout));
     assert_eq!(contents(&restored), contents(&plain));
     assert_eq!(row_counts_in(&scene.lab, &restored), "100000|5000050000|777");
     let piped = restore(&links, &["--tar", "-"]);

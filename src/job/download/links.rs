@@ -50,7 +50,7 @@ pub async fn write_links(
     let reader = BackupReader::open(repo.clone(), incarnation.id, backup).await?;
     let header = LinksHeader {
         keiki: env!("CARGO_PKG_VERSION").to_string(),
-        repository: repo.describe(),
+        repository: terms.urls.first().map_or_else(|| repo.describe(), |url| place_of(url).to_string()),
         incarnation: incarnation.id,
         backup: backup.clone(),
         backup_ended_at: reader.backup().ended_at,
@@ -75,6 +75,13 @@ pub async fn write_links(
         sink.add_packs(owner, packs).await?;
     }
     sink.end().await
+}
+
+/// Where links lead, given that to the header of the repository. What the store says of itself would be how the caller
+/// gets there, which is through an agent.
+fn place_of(url: &str) -> &str {
+    let path = url.split_once('?').map_or(url, |(path, _)| path);
+    path.trim_end_matches(layout::HEADER_KEY).trim_end_matches('/')
 }
 
 fn gone(key: &Key) -> Error {
