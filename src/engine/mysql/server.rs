@@ -14,7 +14,8 @@ use tokio_util::sync::CancellationToken;
 use crate::base::child::{ChildCommand, Process};
 use crate::base::processes::DirectoryId;
 use crate::base::users::User;
-use crate::engine::mysql::programs::{Program, SERVERS};
+use crate::engine::mysql::clone::STAGED_DIR;
+use crate::engine::mysql::programs::{BACKUP, Program, SERVERS};
 use crate::engine::mysql::session::{Endpoint, Session};
 use crate::engine::server_log::{LogMarks, last_log_lines};
 use crate::error::{Context, Error, Kind, Result};
@@ -146,9 +147,10 @@ pub async fn pause(cancel: &CancellationToken) -> Result<()> {
     }
 }
 
-/// Ends whatever server works in this directory, at once: for a directory that is going to be thrown away.
+/// Ends whatever server works in this directory, and what makes a copy consistent that is staged in it, at once: for a
+/// directory that is going to be thrown away or worked on anew. Programs outlive an agent that is killed.
 pub async fn stop_now(data_dir: &Path) -> Result<()> {
-    while let Some(process) = running_in(data_dir) {
+    while let Some(process) = running_in(data_dir).or_else(|| preparing_in(&data_dir.join(STAGED_DIR))) {
         process.signal(Signal::SIGKILL)?;
         tokio::time::sleep(POLL).await;
     }
@@ -158,6 +160,11 @@ pub async fn stop_now(data_dir: &Path) -> Result<()> {
 /// The server that works in this directory, if there is one. Seen only for processes of our own user, or as root.
 pub fn running_in(data_dir: &Path) -> Option<Process> {
     DirectoryId::of(data_dir)?.processes(|program| SERVERS.contains(&program)).first().copied()
+}
+
+/// The backup program that works in this directory, if there is one.
+fn preparing_in(staged: &Path) -> Option<Process> {
+    DirectoryId::of(staged)?.processes(|program| BACKUP.contains(&program)).first().copied()
 }
 
 #[cfg(test)]

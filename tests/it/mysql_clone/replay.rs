@@ -207,6 +207,25 @@ async fn a_recovery_of_mariadb_that_was_cancelled_goes_on_or_says_that_it_cannot
 }
 
 #[tokio::test]
+async fn a_backup_program_that_outlived_its_agent_is_ended_before_a_copy_is_worked_on_or_thrown_away() {
+    let mut source = Source::start(&[]).await;
+    source.commit_rows(1, 5).await;
+    source.back_up().await;
+    let clone = Clone::stage(&source).await;
+    let staged = clone.site.data_dir.join("keiki_staged");
+    let program = clone.site.run_dir.join("mariadb-backup");
+    std::fs::copy("/bin/sleep", &program).unwrap();
+    let start = || std::process::Command::new(&program).arg("600").current_dir(&staged).spawn().unwrap();
+    let mut orphan = start();
+    stop_now(&clone.site.data_dir).await.unwrap();
+    assert!(!orphan.wait().unwrap().success());
+    let mut orphan = start();
+    clone.recover(&source, Target::Backup(a_backup_id())).await.unwrap();
+    assert!(!orphan.wait().unwrap().success());
+    assert_eq!(clone.rows().await, rows(5));
+}
+
+#[tokio::test]
 async fn a_hole_in_the_log_and_a_target_that_is_no_target_are_refused() {
     let mut source = Source::start(&[]).await;
     source.commit_rows(1, 10).await;

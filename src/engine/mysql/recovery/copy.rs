@@ -60,7 +60,8 @@ impl Goal<'_> {
             ChildCommand::new(&tool.path)
                 .args(["--no-defaults", "--prepare", "--use-memory=256M"])
                 .arg(format!("--target-dir={}", staged.display()))
-                .current_dir(&self.site.run_dir)
+                // Where it is found if it outlives the agent.
+                .current_dir(&staged)
                 .as_user(&self.grounds.server.user)
                 .run_checked(self.cancel)
                 .await
