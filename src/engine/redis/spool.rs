@@ -148,6 +148,8 @@ impl Spool {
     /// Begins a file at a place that has nothing to do with what was before: a hole, unless it is the first.
     pub fn begin_anew(&mut self, place: Place, unix_millis: i64) -> Result<()> {
         let unix_seconds = u64::try_from(unix_millis / 1000).unwrap_or(0);
+        // Another history counts from the beginning: an offset of before would be looked for in the wrong place.
+        self.marks.clear();
         let number = match self.paths()?.last() {
             Some((last, path)) => {
                 // Of a command that was not received to its end nothing stays.

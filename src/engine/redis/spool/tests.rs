@@ -183,3 +183,20 @@ fn the_disk_of_the_server_has_a_limit_and_one_agent() {
     assert_eq!(files.last().unwrap().number, 50_005);
     assert_eq!(Spool::open(dir.path(), 300).unwrap_err().kind(), Kind::Conflict);
 }
+
+#[test]
+fn an_offset_of_another_history_is_not_looked_for_in_the_old_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut spool = begun(dir.path());
+    for millis in 1..20 {
+        spool.append(50_000_000 + millis, SET.as_bytes()).unwrap();
+    }
+    // The server was restarted without its data and counts from the beginning.
+    let other = Place { history: "b".repeat(40), offset: 0 };
+    spool.begin_anew(other, 60_000_000).unwrap();
+    spool.append(60_000_001, SET.as_bytes()).unwrap();
+    let (number, at) = spool.locate(SET.len() as u64).unwrap().file().unwrap();
+    let text = std::fs::read_to_string(spool.path(number)).unwrap();
+    assert_eq!((number, &text[at as usize - SET.len()..at as usize]), (60_000, SET));
+    assert_eq!(spool.locate(1000 + SET.len() as u64 * 30).unwrap_err().kind(), Kind::Server);
+}
