@@ -241,6 +241,23 @@ pub trait Engine: Send + Sync {
 
     /// Takes an online base backup. The engine reads files on `sink.lanes_wanted()` threads of its own.
     async fn back_up(&self, label: &str, sink: Arc<dyn BaseSink>, cancel: CancellationToken) -> Result<BaseSpan>;
+
+    /// Takes a base backup that nobody waits for: it may be of a moment some minutes ago, if the server has made a copy of
+    /// its data then and another one would cost it more.
+    async fn back_up_cheaply(
+        &self,
+        label: &str,
+        sink: Arc<dyn BaseSink>,
+        cancel: CancellationToken,
+    ) -> Result<BaseSpan> {
+        self.back_up(label, sink, cancel).await
+    }
+
+    /// Whether the server has made a copy of its data, by itself or because a person told it to, that no backup has taken
+    /// yet; what is there when this is first asked does not count. Never, and so the default, where servers do not.
+    async fn has_saved(&self) -> Result<bool> {
+        Ok(false)
+    }
 }
 
 /// The engine as a grower of clones on this host. No source is needed: everything comes from the backup.

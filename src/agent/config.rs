@@ -126,6 +126,8 @@ pub struct BackupSchedule {
     pub schedule: Vec<BackupWindow>,
     pub keep_for: Duration,
     pub keep_at_least: u32,
+    /// Redis and Valkey: whether a copy of its data that the server makes by itself becomes a backup too.
+    pub also_when_saved: bool,
 }
 
 /// What clones on this host get.
@@ -418,7 +420,7 @@ impl Reader<'_> {
             slot_limit_bytes: self.parse_or(&raw.slot_limit, 16 << 30, value::parse_size)?,
             backup_dir: raw.backup_dir.as_ref().map(|path| self.path(path)).transpose()?,
             purge_shipped: raw.purge_shipped.as_ref().is_some_and(|purge| *purge.get_ref()),
-            backup: raw.backup.as_ref().map(|backup| self.backup(backup)).transpose()?,
+            backup: raw.backup.as_ref().map(|backup| self.backup(backup, engine)).transpose()?,
         })
     }
 
@@ -447,7 +449,12 @@ impl Reader<'_> {
         }
     }
 
-    fn backup(&self, raw: &raw::RawBackup) -> Result<BackupSchedule> {
+    fn backup(&self, raw: &raw::RawBackup, engine: EngineKind) -> Result<BackupSchedule> {
+        let saves_by_itself = matches!(engine, EngineKind::Redis | EngineKind::Valkey);
+        if let Some(wanted) = raw.also_when_saved.as_ref().filter(|_| !saves_by_itself) {
+            let why = format!("'also_when_saved' means nothing for engine '{}'", engine.name());
+            return Err(self.bad(wanted.span(), why));
+        }
         let span = raw.schedule.span();
         let lines = match raw.schedule.get_ref() {
             raw::OneOrMany::One(line) => std::slice::from_ref(line),
@@ -461,6 +468,7 @@ impl Reader<'_> {
             schedule: windows.map_err(|error| self.wrong(span, error))?,
             keep_for: self.parse_or(&raw.keep_for, Duration::from_secs(7 * 86400), value::parse_duration)?,
             keep_at_least: self.number_or(&raw.keep_at_least, 2, 1..=100_000)?,
+            also_when_saved: raw.also_when_saved.as_ref().is_some_and(|wanted| *wanted.get_ref()),
         })
     }
 

@@ -1,5 +1,5 @@
-//! Orders the backups that the configuration asks for, each when its window has come, and those that a hole in the log makes
-//! necessary.
+//! Orders the backups that the configuration asks for, each when its window has come or when a server has saved its data by
+//! itself, and those that a hole in the log makes necessary.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -57,7 +57,8 @@ pub async fn run(host: Arc<Host>) {
                 other => other,
             };
             // While the repository cannot be asked, it is not known whether a backup is due; it will be later.
-            if is_due.unwrap_or(false)
+            let has_saved = schedule.also_when_saved && instance.has_saved().await.unwrap_or(false);
+            if (is_due.unwrap_or(false) || has_saved)
                 && let Err(error) = order(&host, &instance.config.name).await
             {
                 tracing::warn!("cannot begin the scheduled backup of '{}': {error}", instance.config.name);

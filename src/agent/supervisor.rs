@@ -219,6 +219,11 @@ impl Supervisor {
         }
     }
 
+    /// See [`Engine::has_saved`].
+    pub async fn has_saved(&self) -> Result<bool> {
+        self.engine.has_saved().await
+    }
+
     /// Whether log is missing between the newest backup and what is shipped now, so that nothing new can be cloned before
     /// there is another backup. Asked of servers that may forget log without anybody's fault: Redis and Valkey, which keep
     /// no more of it than they need themselves.

@@ -44,6 +44,7 @@ pub mod passwords;
 pub mod permissions;
 pub mod recovery;
 pub mod replica;
+mod saved;
 pub mod server;
 pub mod session;
 pub mod settings;
@@ -85,6 +86,8 @@ pub(crate) struct Inner {
     source: RedisSource,
     kept: tokio::sync::Mutex<source::Kept>,
     follower: OnceLock<follow::Follower>,
+    /// What tells the newest copy of its data that the server has made, and that is known: see `saved`.
+    saved: std::sync::Mutex<Option<String>>,
 }
 
 impl Inner {
@@ -106,7 +109,12 @@ impl RedisEngine {
     /// Takes the server as configured; nothing is opened before it is needed.
     pub fn new(source: RedisSource) -> RedisEngine {
         RedisEngine {
-            inner: Arc::new(Inner { source, kept: Default::default(), follower: OnceLock::new() }),
+            inner: Arc::new(Inner {
+                source,
+                kept: Default::default(),
+                follower: OnceLock::new(),
+                saved: Default::default(),
+            }),
             watcher: OnceLock::new(),
         }
     }
@@ -186,5 +194,21 @@ impl Engine for RedisEngine {
             true => base_stream::back_up(&self.inner, label, sink, cancel).await,
             false => backup::back_up(&self.inner, label, sink, cancel).await,
         }
+    }
+
+    async fn back_up_cheaply(
+        &self,
+        label: &str,
+        sink: Arc<dyn BaseSink>,
+        cancel: CancellationToken,
+    ) -> Result<BaseSpan> {
+        match self.inner.is_streamed() {
+            true => base_stream::back_up_cheaply(&self.inner, label, sink, cancel).await,
+            false => self.back_up(label, sink, cancel).await,
+        }
+    }
+
+    async fn has_saved(&self) -> Result<bool> {
+        saved::is_new(&self.inner).await
     }
 }

@@ -126,7 +126,11 @@ impl BackupWork {
             progress: context.progress(),
             cancel: context.cancel.clone(),
         });
-        let span = self.source.engine.back_up(&format!("keiki {id}"), sink, context.cancel.clone()).await?;
+        let (engine, label) = (&self.source.engine, format!("keiki {id}"));
+        let span = match self.kind {
+            BackupKind::Automatic => engine.back_up_cheaply(&label, sink, context.cancel.clone()).await?,
+            BackupKind::Manual => engine.back_up(&label, sink, context.cancel.clone()).await?,
+        };
         let done = writer.progress();
         context.progress().set(done.read_bytes, done.read_bytes);
         context.progress().note(format!("{} stored", human_bytes(done.stored_bytes)));

@@ -123,8 +123,21 @@ impl BaseLane for MemoryLane {
 
 /// A backup of the subject; the lanes' rules are held on the way.
 pub async fn back_up(subject: &dyn Subject, cancel: CancellationToken) -> Result<Base> {
+    take_base(subject, async |engine, sink| engine.back_up("contract", sink, cancel).await).await
+}
+
+/// The same, of a moment that may be past.
+pub async fn back_up_cheaply(subject: &dyn Subject) -> Result<Base> {
+    let cancel = CancellationToken::new();
+    take_base(subject, async |engine, sink| engine.back_up_cheaply("contract", sink, cancel).await).await
+}
+
+async fn take_base(
+    subject: &dyn Subject,
+    back_up: impl AsyncFnOnce(Arc<dyn Engine>, Arc<dyn BaseSink>) -> Result<BaseSpan>,
+) -> Result<Base> {
     let sink = Arc::new(MemorySink::default());
-    let span = subject.engine().back_up("contract", Arc::new(SharedSink(sink.clone())), cancel).await?;
+    let span = back_up(subject.engine(), Arc::new(SharedSink(sink.clone()))).await?;
     let version = subject.engine().identify().await?.version;
     let files = std::mem::take(&mut *sink.files.lock().unwrap());
     Ok(Base { span, version, files })

@@ -31,6 +31,7 @@ mod story_s3;
 mod story_slot;
 mod redis_expired;
 mod redis_left_behind;
+mod redis_saved;
 mod redis_source;
 mod redis_stream;
 mod store_contract;

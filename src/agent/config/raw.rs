@@ -121,6 +121,7 @@ pub struct RawBackup {
     pub schedule: Spanned<OneOrMany>,
     pub keep_for: Option<Text>,
     pub keep_at_least: Option<Number>,
+    pub also_when_saved: Option<Spanned<bool>>,
 }
 
 #[derive(Deserialize)]

@@ -41,6 +41,8 @@ pub const BASE_FACT: &str = "base";
 pub const LOG_TIMES_FACT: &str = "log_times";
 pub const LOG_TIMES_SECONDS: &str = "yes";
 pub const LOG_TIMES_RECEIVED: &str = "received";
+/// The database that the log is in where it goes on from the base, if it does not say so itself.
+pub const DATABASE_FACT: &str = "database";
 pub const USED_MEMORY_FACT: &str = "used_memory";
 
 /// Below this a rewrite is not worth its fork (`auto-aof-rewrite-min-size`, 64 MiB by default).
@@ -73,6 +75,9 @@ pub(super) async fn back_up(
 async fn run(inner: &Inner, label: &str, sink: Arc<dyn BaseSink>, cancel: &CancellationToken) -> Result<BaseSpan> {
     let base = open_base(inner, cancel).await?;
     let (start, began_at) = (base.start, base.began_at);
+    if let Some(name) = base.source_path.file_name() {
+        inner.note_saved(name.to_string_lossy().into_owned());
+    }
     let cancelled = cancel.clone();
     let (mut facts, verdict) = run_on_thread("redis-base", move || copy(base, sink.as_ref(), &cancelled)).await?;
     let seen = inner.observe().await?;

@@ -9,21 +9,26 @@
 //! The link says that it wants the snapshot and nothing behind it, so the server keeps no stream for it. The snapshot is of
 //! one offset of the replication stream, and the log that the follower writes goes on exactly there: start and stop of the
 //! backup are that place. Its checksum is verified on the way, and in memory there are a few pieces at a time.
+//!
+//! A backup that nobody waits for takes the snapshot that the server has saved lately instead (`saved`), if there is one.
 
 use std::collections::BTreeMap;
+use std::io::Read;
 use std::sync::Arc;
 
 use bytes::Bytes;
+use jiff::Timestamp;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use crate::base::bulk::run_on_thread;
 use crate::engine::redis::Inner;
 use crate::engine::redis::backup::{
-    BASE_FACT, LOG_TIMES_FACT, LOG_TIMES_RECEIVED, RDB_VERSION_FACT, USED_MEMORY_FACT, server_facts,
+    BASE_FACT, DATABASE_FACT, LOG_TIMES_FACT, LOG_TIMES_RECEIVED, RDB_VERSION_FACT, USED_MEMORY_FACT, server_facts,
 };
 use crate::engine::redis::ondisk::rdb::{HEADER_BYTES_WANTED, RdbCheck, RdbHeader, RdbVerdict};
 use crate::engine::redis::replica::{Answer, Link, LinkUse, SnapshotEnd};
+use crate::engine::redis::saved::{self, Saved};
 use crate::engine::redis::settings::{APPEND_DIR, APPEND_FILE};
 use crate::engine::redis::source::{require_primary, server_time};
 use crate::engine::redis::stream_log::place_of;
@@ -48,6 +53,82 @@ pub(super) async fn back_up(
         // The link goes with it, and the server's child process with that.
         () = cancel.cancelled() => Err(Error::new(Kind::Cancelled, "it was cancelled")).context(what),
     }
+}
+
+/// Takes the backup of a snapshot that the server has saved lately, if there is one whose place in the log is known;
+/// otherwise as [`back_up`].
+pub(super) async fn back_up_cheaply(
+    inner: &Inner,
+    label: &str,
+    sink: Arc<dyn BaseSink>,
+    cancel: CancellationToken,
+) -> Result<BaseSpan> {
+    let what = || format!("cannot back up instance '{}'", inner.source().name);
+    inner.follower().wait_until_following().await.context(what)?;
+    match saved::find(inner).await.context(what)? {
+        Some(found) => run_saved(inner, found, label, sink, cancel).await.context(what),
+        None => back_up(inner, label, sink, cancel).await,
+    }
+}
+
+async fn run_saved(
+    inner: &Inner,
+    found: Saved,
+    label: &str,
+    sink: Arc<dyn BaseSink>,
+    cancel: CancellationToken,
+) -> Result<BaseSpan> {
+    // Everything that was received by now and is in the snapshot was received before: moments from now on are behind it.
+    let now = inner.with_session(server_time).await?.max(Timestamp::now());
+    let info = inner.with_session(async |session| session.info(&["memory"]).await).await?;
+    let (start, database, path) = (found.start, found.database, found.path.clone());
+    sink.expect_bytes(found.bytes);
+    let (sender, receiver) = mpsc::channel(PIECES_WAITING);
+    let reading = run_on_thread("redis-saved", move || read_saved(found, &sender));
+    let writing = run_on_thread("redis-base", move || store(receiver, sink.as_ref(), &cancel));
+    let (read, stored) = tokio::join!(reading, writing);
+    let stored =
+        stored.context(|| format!("cannot take the snapshot '{}', which the server has saved", path.display()));
+    let (mut facts, verdict) = stored?;
+    read?;
+    tracing::info!("instance '{}': the backup is the snapshot that the server has saved", inner.source().name);
+    facts.insert(DATABASE_FACT.to_string(), database.to_string());
+    describe(inner, &mut facts, label, verdict, &info).await?;
+    Ok(BaseSpan { start, stop: start, began_at: now, ended_at: now, facts, damaged_blocks: Vec::new() })
+}
+
+/// Reads a snapshot from the server's disk as `receive` does from a link. Blocking.
+fn read_saved(mut found: Saved, sender: &mpsc::Sender<Bytes>) -> Result<()> {
+    loop {
+        let mut piece = Vec::with_capacity(PIECE_BYTES);
+        let read = (&mut found.file).take(PIECE_BYTES as u64).read_to_end(&mut piece);
+        read.context(|| format!("cannot read '{}'", found.path.display()))?;
+        let is_last = piece.is_empty();
+        if sender.blocking_send(piece.into()).is_err() {
+            return Err(Error::new(Kind::Cancelled, "the sink takes no more"));
+        }
+        if is_last {
+            return Ok(());
+        }
+    }
+}
+
+/// Adds what every backup says.
+async fn describe(
+    inner: &Inner,
+    facts: &mut BTreeMap<String, String>,
+    label: &str,
+    verdict: &str,
+    info: &BTreeMap<String, String>,
+) -> Result<()> {
+    facts.insert(String::from("label"), label.to_string());
+    facts.insert(String::from("checksum"), verdict.to_string());
+    facts.insert(LOG_TIMES_FACT.to_string(), LOG_TIMES_RECEIVED.to_string());
+    if let Some(used) = info.get("used_memory") {
+        facts.insert(USED_MEMORY_FACT.to_string(), used.clone());
+    }
+    facts.extend(inner.with_session(server_facts).await?);
+    Ok(())
 }
 
 async fn run(inner: &Inner, label: &str, sink: Arc<dyn BaseSink>, cancel: CancellationToken) -> Result<BaseSpan> {
@@ -79,13 +160,7 @@ async fn run(inner: &Inner, label: &str, sink: Arc<dyn BaseSink>, cancel: Cancel
     // A sink that fails ends the receiving too, so its error is the one that says why.
     let (mut facts, verdict) = stored?;
     received?;
-    facts.insert(String::from("label"), label.to_string());
-    facts.insert(String::from("checksum"), verdict.to_string());
-    facts.insert(LOG_TIMES_FACT.to_string(), LOG_TIMES_RECEIVED.to_string());
-    if let Some(used) = info.get("used_memory") {
-        facts.insert(USED_MEMORY_FACT.to_string(), used.clone());
-    }
-    facts.extend(inner.with_session(server_facts).await?);
+    describe(inner, &mut facts, label, verdict, &info).await?;
     Ok(BaseSpan { start, stop: start, began_at, ended_at, facts, damaged_blocks: Vec::new() })
 }
 
@@ -182,7 +257,7 @@ fn store(
         return Err(Error::new(Kind::Unreachable, "the server did not send its snapshot to the end")
             .hint("the server's log says why: a child process that failed, too little memory, or a slow repository"));
     }
-    let verdict = check.finish().context(|| "the snapshot that the server sent is damaged")?;
+    let verdict = check.finish().context(|| "the snapshot is damaged")?;
     lane.end()?;
     lane.finish()?;
     let mut facts = BTreeMap::from([(BASE_FACT.to_string(), name)]);

@@ -22,10 +22,11 @@ use crate::base::bulk::run_blocking;
 use crate::base::durable::{sync_filesystem, write_file_durable};
 use crate::base::ownership::{give_to, write_owned};
 use crate::base::users::User;
-use crate::engine::redis::backup::{BASE_FACT, LOG_TIMES_FACT, LOG_TIMES_RECEIVED, LOG_TIMES_SECONDS};
+use crate::engine::redis::backup::{BASE_FACT, DATABASE_FACT, LOG_TIMES_FACT, LOG_TIMES_RECEIVED, LOG_TIMES_SECONDS};
 use crate::engine::redis::clone::Grounds;
 use crate::engine::redis::geometry::file_name;
 use crate::engine::redis::keep_expired::{self, Kept};
+use crate::engine::redis::ondisk::aof::select_command;
 use crate::engine::redis::ondisk::manifest::{Manifest, ManifestPart, PartKind};
 use crate::engine::redis::server::stop_now;
 use crate::engine::redis::settings::{APPEND_DIR, APPEND_FILE, QUARANTINE_CONF_FILE, quarantine_conf};
@@ -157,6 +158,8 @@ struct Assembly {
     base: ManifestPart,
     base_bytes: u64,
     increments: Vec<ManifestPart>,
+    /// What the first increment begins with, before the log.
+    preamble: Vec<u8>,
     end: Position,
     times: Times,
     log_bytes: u64,
@@ -168,6 +171,7 @@ impl Assembly {
         let name = site.facts.get(BASE_FACT).cloned();
         let name = name.ok_or_else(|| Error::new(Kind::Damaged, "the backup does not name its base"))?;
         let (dir, user, start) = (site.data_dir.join(APPEND_DIR), user.clone(), site.backup_start);
+        let database = site.facts.get(DATABASE_FACT).and_then(|text| text.parse::<u32>().ok());
         run_blocking("assemble", move || {
             let what = || format!("cannot look into '{}'", dir.display());
             for entry in std::fs::read_dir(&dir).context(what)? {
@@ -187,6 +191,7 @@ impl Assembly {
                 base,
                 base_bytes,
                 increments: vec![],
+                preamble: database.map(|number| select_command(number).into_bytes()).unwrap_or_default(),
                 end: start,
                 times: Times::default(),
                 log_bytes: 0,
@@ -241,6 +246,16 @@ impl Assembly {
             let (path, user) = (path.clone(), self.user.clone());
             run_blocking("make increment", move || make_file(&path, &user)).await?
         };
+        let preamble = std::mem::take(&mut self.preamble);
+        let head_bytes = preamble.len() as u64;
+        if !preamble.is_empty() {
+            let shown = path.clone();
+            file = run_blocking("write increment", move || {
+                file.write_all(&preamble).context(|| format!("cannot write '{}'", shown.display()))?;
+                Ok(file)
+            })
+            .await?;
+        }
         let piece = if bytes <= WHOLE_FILE_BYTES_MAX { WHOLE_FILE_BYTES_MAX as usize } else { PIECE_BYTES };
         let mut at = from;
         while at < bytes && !cut.is_found() {
@@ -267,12 +282,12 @@ impl Assembly {
         let kept = cut.kept(at).map_err(|damage| damage.of(&log_name))?;
         let shown = path.clone();
         run_blocking("cut increment", move || {
-            file.set_len(kept - from).context(|| format!("cannot cut '{}'", shown.display()))
+            file.set_len(head_bytes + kept - from).context(|| format!("cannot cut '{}'", shown.display()))
         })
         .await?;
         let times = cut.times_kept(kept);
         self.times = Times { last: times.last.or(self.times.last), executed: times.executed.or(self.times.executed) };
-        self.log_bytes += kept - from;
+        self.log_bytes += head_bytes + kept - from;
         self.end = Position::File { number, offset: kept };
         self.increments.push(part(name, sequence, PartKind::Increment));
         Ok(cut.is_found())

@@ -20,7 +20,7 @@ use std::path::{Path, PathBuf};
 
 use crate::base::durable::{LockGuard, create_dir_all_durable, fsync_dir, lock_file, remove_file_durable};
 use crate::engine::redis::geometry::{file_name, file_number};
-use crate::engine::redis::ondisk::aof::{AofWalker, Mark, executed_line, history_line, received_line};
+use crate::engine::redis::ondisk::aof::{AofWalker, Mark, executed_line, history_line, received_line, select_command};
 use crate::engine::redis::source::walk_file;
 use crate::error::{Context, Error, Kind, Result};
 use crate::model::bytes_text::human_bytes;
@@ -182,8 +182,7 @@ impl Spool {
         };
         let mut head = history_line(&open.place.history, open.place.offset);
         if let Some(database) = database {
-            let text = database.to_string();
-            head += &format!("*2\r\n$6\r\nSELECT\r\n${}\r\n{text}\r\n", text.len());
+            head += &select_command(database);
         }
         open.write(head.as_bytes())?;
         let mark = open.mark_received(unix_millis)?;

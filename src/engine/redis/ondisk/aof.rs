@@ -389,6 +389,12 @@ fn value_state(left: u64) -> State {
     if left == 0 { State::ValueEnd { seen_cr: false } } else { State::Value { left } }
 }
 
+/// The command that goes on in another database.
+pub fn select_command(database: u32) -> String {
+    let text = database.to_string();
+    format!("*2\r\n$6\r\nSELECT\r\n${}\r\n{text}\r\n", text.len())
+}
+
 /// A decimal number without sign; nothing else.
 fn number(digits: &[u8]) -> Option<u64> {
     let is_number = !digits.is_empty() && digits.iter().all(u8::is_ascii_digit);
