@@ -41,9 +41,9 @@ pub struct Server {
 }
 
 impl Server {
-    /// MySQL does not start while the number in the file that locks its socket is that of a process (`sql/conn_handler/
-    /// socket_connection.cc`, Unix_socket::create_lockfile), and after a restart of the machine it may be that of any. The
-    /// socket's directory is this server's alone, and it does not run.
+    /// MySQL does not start while the number in the file that locks its socket is that of a process of its user
+    /// (`sql/conn_handler/socket_connection.cc`, Unix_socket::create_lockfile), and after a restart of the machine it may
+    /// be that of any. The socket's directory is this server's alone, and it does not run.
     fn forget_lock_of_socket(&self) -> std::io::Result<()> {
         let mut lock = self.socket.clone().into_os_string();
         lock.push(".lock");

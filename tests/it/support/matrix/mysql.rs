@@ -158,8 +158,8 @@ impl SourceServer for MySqlServer {
     }
 
     fn after_power_cut(&self, clone: &CloneAt) {
-        // The number in it is that of some other process after a restart of the machine.
+        // The number in it is that of another process of the same user after a restart of the machine.
         let lock = clone.run_dir.join("mysqld.sock.lock");
-        std::fs::write(lock, "1\n").unwrap();
+        std::fs::write(lock, format!("{}\n", self.pid())).unwrap();
     }
 }
