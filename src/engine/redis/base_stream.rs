@@ -292,7 +292,7 @@ mod tests {
         let mark = [b'm'; END_MARK_BYTES];
         for length in [0, 1, 39, 40, 41, 100] {
             // Like the mark, but too short.
-            let snapshot: Vec<u8> = (0..length).map(|at| if at % 41 == 40 { b'x' } else { b'm' }).collect();
+            let snapshot: Vec<u8> = (0..length).map(|at| if at % 40 == 39 { b'x' } else { b'm' }).collect();
             let marked = [&snapshot[..], b"x", &mark[..]].concat();
             for piece in 1..150 {
                 let (passed, is_whole) = cut(SnapshotEnd::Mark(mark), &marked, piece);
