@@ -32,7 +32,7 @@ pub struct Weed {
     keeper: Option<Child>,
 }
 
-const KEEPER: &str = "\"$@\" >>\"$LOG\" 2>&1 & server=$!; read -r order; kill -9 $server; \
+const KEEPER: &str = "trap '' TERM INT HUP; \"$@\" >>\"$LOG\" 2>&1 & server=$!; read -r order; kill -9 $server; \
                       wait $server 2>/dev/null; [ \"$order\" = keep ] || rm -rf \"$DIR\"";
 
 impl Weed {
