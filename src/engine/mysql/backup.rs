@@ -203,8 +203,13 @@ async fn copy(
         (Err(error), _) if error.kind() != Kind::Damaged => Err(error),
         (_, Ok(finished)) if !finished.status.success() => {
             let words = finished.last_words().unwrap_or_else(|| String::from("no message"));
+            // On a busy server that need not mean that the redo log is too small (MDEV-39468).
+            let hint = match words.contains("Was only able to copy log") {
+                true => "order the backup again when less is written; a larger 'innodb_log_file_size' helps",
+                false => "the account needs RELOAD, PROCESS, LOCK TABLES and BINLOG MONITOR; 'keiki doctor' checks it",
+            };
             Err(Error::new(Kind::Server, format!("mariadb-backup ended with {}: {words}", finished.ending()))
-                .hint("the account needs RELOAD, PROCESS, LOCK TABLES and BINLOG MONITOR; 'keiki doctor' checks it"))
+                .hint(hint))
         }
         (Err(error), _) | (Ok(_), Err(error)) => Err(error),
         (Ok(_), Ok(_)) => Err(Error::new(Kind::Internal, "mariadb-backup ended in an unknown way")),
