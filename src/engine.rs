@@ -253,6 +253,13 @@ pub trait Engine: Send + Sync {
         self.back_up(label, sink, cancel).await
     }
 
+    /// Whether a backup that ended with `error` may succeed if it is begun anew at once, because a program of the server's
+    /// failed for no reason that anybody could remove. Never, and so the default, where no such program is known.
+    fn may_back_up_again(&self, error: &Error) -> bool {
+        let _ = error;
+        false
+    }
+
     /// Whether the server has made a copy of its data, by itself or because a person told it to, that no backup has taken
     /// yet; what is there when this is first asked does not count. Never, and so the default, where servers do not.
     async fn has_saved(&self) -> Result<bool> {

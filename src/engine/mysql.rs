@@ -11,7 +11,7 @@ use async_trait::async_trait;
 use tokio_util::sync::CancellationToken;
 
 use crate::engine::{BaseSink, BaseSpan, Engine, LogGeometry, LogListing, LogRead, ServerIdentity};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::model::check::CheckItem;
 use crate::model::log::LogFile;
 use crate::model::position::Position;
@@ -135,5 +135,9 @@ impl Engine for MySqlEngine {
 
     async fn back_up(&self, label: &str, sink: Arc<dyn BaseSink>, cancel: CancellationToken) -> Result<BaseSpan> {
         backup::back_up(self, label, sink, cancel).await
+    }
+
+    fn may_back_up_again(&self, error: &Error) -> bool {
+        backup::may_back_up_again(error)
     }
 }

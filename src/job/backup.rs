@@ -34,6 +34,9 @@ const PUBLISH: &str = "publish";
 const BACKUP_FACT: &str = "backup";
 const PUBLISHED_FACT: &str = "published";
 
+/// How often a copy is begun when the engine says that it may succeed if it is begun anew.
+const COPIES_MAX: usize = 3;
+
 /// Looks the archiver up when it is needed: it may have come or gone since the order was given.
 pub type ArchiverDoor = Arc<dyn Fn() -> Result<Arc<Archiver>> + Send + Sync>;
 
@@ -104,6 +107,20 @@ impl BackupWork {
     }
 
     async fn copy(&self, context: &StepContext) -> Result<()> {
+        for _ in 1..COPIES_MAX {
+            match self.copy_once(context).await {
+                Err(error) if self.source.engine.may_back_up_again(&error) && !context.cancel.is_cancelled() => {
+                    tracing::warn!(instance = %self.source.instance, "the copy is begun anew: {error}");
+                    context.progress().note(format!("copying anew: {error}"));
+                    self.drop_copy().await;
+                }
+                outcome => return outcome,
+            }
+        }
+        self.copy_once(context).await
+    }
+
+    async fn copy_once(&self, context: &StepContext) -> Result<()> {
         let archiver = (self.source.archiver)()?;
         let began_at = self.source.clock.now();
         let id = BackupId::new(began_at, random_u64());
@@ -143,6 +160,15 @@ impl BackupWork {
             current.span = Some(span);
         }
         Ok(())
+    }
+
+    /// Deletes what was uploaded of a copy that will not be published.
+    async fn drop_copy(&self) {
+        let Some(current) = self.lock().take() else { return };
+        // What cannot be deleted refers to nothing and is swept as garbage; the failure itself is what counts.
+        if let Err(error) = current.writer.abort().await {
+            tracing::warn!(backup = %current.id, "what a backup left cannot be deleted now: {error}");
+        }
     }
 
     async fn wait_for_log(&self, context: &StepContext) -> Result<()> {
@@ -249,12 +275,7 @@ impl Work for BackupWork {
     }
 
     async fn undo(&self, _context: &StepContext, _cause: UndoCause) -> Result<()> {
-        let current = self.lock().take();
-        let Some(current) = current else { return Ok(()) };
-        // What cannot be deleted refers to nothing and is swept as garbage; the failure itself is what counts.
-        if let Err(error) = current.writer.abort().await {
-            tracing::warn!(backup = %current.id, "what a backup left cannot be deleted now: {error}");
-        }
+        self.drop_copy().await;
         Ok(())
     }
 }

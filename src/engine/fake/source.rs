@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::Read;
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
@@ -30,13 +30,23 @@ pub struct FakeEngine {
     /// Forget log files when they are released, as a real server does.
     recycles: AtomicBool,
     during_backup: Mutex<Option<Hook>>,
+    /// How many of the next backups fail when everything is copied.
+    failing_backups: AtomicUsize,
 }
+
+/// Why the fake's backups fail.
+const FAILED_COPY: &str = "the fake's backup program failed";
 
 type Hook = Box<dyn FnOnce(&FakeDatabase) + Send>;
 
 impl FakeEngine {
     pub fn new(database: Arc<FakeDatabase>) -> FakeEngine {
-        FakeEngine { database, recycles: AtomicBool::new(true), during_backup: Mutex::new(None) }
+        FakeEngine {
+            database,
+            recycles: AtomicBool::new(true),
+            during_backup: Mutex::new(None),
+            failing_backups: AtomicUsize::new(0),
+        }
     }
 
     /// Whether released log files are deleted (they are unless told otherwise).
@@ -47,6 +57,11 @@ impl FakeEngine {
     /// Calls `hook` once, in the middle of the next backup: what happens on a real server meanwhile.
     pub fn during_next_backup(&self, hook: impl FnOnce(&FakeDatabase) + Send + 'static) {
         *self.during_backup.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = Some(Box::new(hook));
+    }
+
+    /// Lets the next `count` backups fail when everything is copied, in a way in which the next one may succeed.
+    pub fn fail_next_backups(&self, count: usize) {
+        self.failing_backups.store(count, Ordering::Relaxed);
     }
 
     fn durable_end(&self) -> DurableEnd {
@@ -140,6 +155,10 @@ impl Engine for FakeEngine {
             hook(&self.database);
         }
         run_on_thread("fake-backup", move || copy_directory(&data_dir, sink.as_ref(), &cancel)).await?;
+        let fewer = |count: usize| count.checked_sub(1);
+        if self.failing_backups.fetch_update(Ordering::Relaxed, Ordering::Relaxed, fewer).is_ok() {
+            return Err(Error::new(Kind::Server, FAILED_COPY));
+        }
         Ok(BaseSpan {
             start,
             stop: Position::Count(self.database.count()),
@@ -153,6 +172,10 @@ impl Engine for FakeEngine {
             .into(),
             damaged_blocks: Vec::new(),
         })
+    }
+
+    fn may_back_up_again(&self, error: &Error) -> bool {
+        error.message().contains(FAILED_COPY)
     }
 }
 

@@ -43,6 +43,8 @@ use demux::Demux;
 
 /// How long the program may take to end by itself after its stream ended.
 const LAST_WORDS_LIMIT: std::time::Duration = std::time::Duration::from_secs(5);
+/// What `mariadb-backup` says when it has not copied all of the redo log (`xtrabackup.cc`).
+const LOG_NOT_COPIED: &str = "Was only able to copy log";
 const PIECE_BYTES: usize = 1 << 20;
 /// How often the program looks for new redo log. Commits are blocked until it has seen the end of it: with its own second
 /// they wait for that long.
@@ -85,6 +87,12 @@ pub(super) async fn back_up(
         Product::MySql => clone_plugin::run(engine, sink, &cancel).await,
     }
     .context(what)
+}
+
+/// Whether the program lost its place in the redo log. It does so now and then on a busy server whose redo log is large
+/// enough, and then says that it is not (MDEV-39468).
+pub(super) fn may_back_up_again(error: &Error) -> bool {
+    error.message().contains(LOG_NOT_COPIED)
 }
 
 /// The backup program that goes together with a server, or why there is none.
@@ -203,8 +211,7 @@ async fn copy(
         (Err(error), _) if error.kind() != Kind::Damaged => Err(error),
         (_, Ok(finished)) if !finished.status.success() => {
             let words = finished.last_words().unwrap_or_else(|| String::from("no message"));
-            // On a busy server that need not mean that the redo log is too small (MDEV-39468).
-            let hint = match words.contains("Was only able to copy log") {
+            let hint = match words.contains(LOG_NOT_COPIED) {
                 true => "order the backup again when less is written; a larger 'innodb_log_file_size' helps",
                 false => "the account needs RELOAD, PROCESS, LOCK TABLES and BINLOG MONITOR; 'keiki doctor' checks it",
             };

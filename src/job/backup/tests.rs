@@ -41,6 +41,21 @@ async fn a_backup_that_cannot_store_its_files_leaves_nothing_behind() {
 }
 
 #[tokio::test]
+async fn a_copy_that_failed_for_a_reason_that_passes_is_made_again_and_leaves_one_backup() {
+    for (failures, state, backups) in [(2, JobState::Done, 1), (3, JobState::Failed, 0)] {
+        let site = Site::new().await;
+        let archiver = site.archiver().await;
+        site.write(10);
+        site.engine.fail_next_backups(failures);
+        let report = run_to_end(&site.runner(site.source(&archiver)), backup_order()).await;
+        assert_eq!(report.state, state, "{report:?}");
+        assert_eq!(site.keys("/backups/").await.len(), backups);
+        assert_eq!(site.keys("/packs/").await.len(), backups);
+        assert_eq!(site.keys("/work/").await, Vec::<String>::new());
+    }
+}
+
+#[tokio::test]
 async fn a_backup_whose_log_has_a_hole_is_not_published() {
     let site = Site::new().await;
     let archiver = site.archiver().await;
