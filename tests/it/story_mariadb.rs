@@ -58,7 +58,7 @@ async fn story(release: Release, arguments: &[&str], times: usize) -> (usize, Ve
         // The large transaction comes as one statement.
         preparation: vec!["SET GLOBAL innodb_flush_log_at_trx_commit = 0", "SET GLOBAL max_allowed_packet = 1 << 30"],
     };
-    sql_ledger::run_against(&lab, &a, &b, &source.endpoint(), &product(times), Some(&rival)).await
+    sql_ledger::run(&lab, &a, &b, &source.endpoint(), &product(times), &rival).await
 }
 
 fn product(times: usize) -> Product {

@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use super::support::hosts::{Host, HostOptions, Lab, free_port, wait_for};
-use super::support::mysql::{MySqlServer, bin_dir};
-use super::support::sql_ledger::{self, BULK_ROWS, Product};
+use super::support::mysql::{MySqlServer, bin_dir, program};
+use super::support::sql_ledger::{self, BULK_ROWS, Product, Rival};
 
 #[test]
 fn story_mysql_every_row_is_there_exactly_if_it_was_committed_by_then() {
@@ -36,7 +36,17 @@ async fn story() -> (usize, Vec<String>) {
     // The target has no access of its own: it reads and writes the repository through host a.
     let b = Host::start(&lab, &options("b", "peer://a".to_string(), vec![("a", port_a)], clones, port_b));
     wait_for("archiving to begin", Duration::from_secs(60), || a.instance("orders")["state"] == "archiving");
-    sql_ledger::run(&lab, &a, &b, &source.endpoint(), &product()).await
+
+    let rival = Rival {
+        log_reader: program("mysqlbinlog"),
+        client: program("mysql"),
+        client_arguments: vec!["--max-allowed-packet=1G"],
+        source_data_dir: source.data_dir.clone(),
+        log_base: "binlog".to_string(),
+        // The large transaction comes as few statements.
+        preparation: vec!["SET GLOBAL innodb_flush_log_at_trx_commit = 0", "SET GLOBAL max_allowed_packet = 1 << 30"],
+    };
+    sql_ledger::run(&lab, &a, &b, &source.endpoint(), &product(), &rival).await
 }
 
 fn product() -> Product {

@@ -48,6 +48,13 @@ pub fn bin_dir() -> PathBuf {
     directory
 }
 
+/// One of the server's client programs.
+pub fn program(name: &str) -> PathBuf {
+    let path = bin_dir().with_file_name("bin").join(name);
+    assert!(path.is_file(), "no program {path:?}: run 'make install-test-servers'");
+    path
+}
+
 impl MySqlServer {
     /// Makes and starts a server with GTIDs, the clone plugin and the agent's account; `arguments` come after the usual
     /// ones.
