@@ -33,13 +33,25 @@ pub fn fsync_dir(path: &Path) -> Result<()> {
 /// Directories that are there already keep their mode; a file in the way is an error of kind `Conflict`, a directory that
 /// somebody removes meanwhile one of kind `NotFound`.
 pub fn create_dir_all_durable(path: &Path, mode: u32) -> Result<()> {
+    create_missing_directories(path, None, mode)
+}
+
+/// The same below `root`, which is never created: that it is missing is an error of kind `NotFound`.
+pub fn create_dir_all_below_durable(root: &Path, path: &Path, mode: u32) -> Result<()> {
+    create_missing_directories(path, Some(root), mode)
+}
+
+fn create_missing_directories(path: &Path, root: Option<&Path>, mode: u32) -> Result<()> {
     let what = || format!("cannot create directory '{}'", path.display());
     if path.is_dir() {
         return Ok(());
     }
+    if root == Some(path) {
+        return Err(Error::io(what(), ErrorKind::NotFound.into()));
+    }
     let parent = parent_of(path);
     if parent != path {
-        create_dir_all_durable(parent, mode)?;
+        create_missing_directories(parent, root, mode)?;
     }
     match DirBuilder::new().mode(mode).create(path) {
         Ok(()) => std::fs::set_permissions(path, Permissions::from_mode(mode)).context(what)?,

@@ -34,7 +34,9 @@ use self::unfinished::{Unfinished, tag_of};
 use super::read::PIECE_BYTES_MAX;
 use super::{ByteStream, Key, LIST_PAGE_OBJECTS_MAX, ObjectInfo, PutCondition, Store, Tag};
 use crate::base::bulk::{run_blocking, run_on_thread};
-use crate::base::durable::{create_dir_all_durable, free_bytes, fsync_dir, parent_of, rename_without_replacing};
+use crate::base::durable::{
+    create_dir_all_below_durable, create_dir_all_durable, free_bytes, fsync_dir, parent_of, rename_without_replacing,
+};
 use crate::base::random::random_u64;
 use crate::error::{Context, Error, Kind, Result};
 use crate::model::capabilities::Capabilities;
@@ -215,8 +217,10 @@ impl Inner {
         Ok(tag)
     }
 
+    /// Nothing is made where the root was: the file system below it may have gone while the object was written.
     fn create_parents(&self, path: &Path) -> Result<()> {
-        match create_dir_all_durable(parent_of(path), DIRECTORY_MODE) {
+        self.check_present()?;
+        match create_dir_all_below_durable(&self.root, parent_of(path), DIRECTORY_MODE) {
             // Another delete took a parent of the new directory away meanwhile.
             Err(error) if error.kind() == Kind::NotFound => self.check_present(),
             Err(error) if error.kind() == Kind::Full => Err(error.hint(self.full_hint())),

@@ -92,6 +92,33 @@ async fn a_root_whose_file_system_went_away_says_so_and_calls_nothing_missing() 
     assert_eq!(read_all(&*fixture.store, &key("a/b"), 10).await.unwrap(), noise(10, 1));
 }
 
+/// With an empty directory in its place, as of an unmounted file system, or with none.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_root_that_goes_away_while_an_object_is_written_is_not_made_again() {
+    for stays_empty in [false, true] {
+        let fixture = directory();
+        let root = fixture.directory.as_ref().unwrap().path().to_path_buf();
+        let gone = root.clone();
+        let goes_away = stream::once(async move {
+            while unfinished(&gone).is_empty() {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+            std::fs::rename(&gone, gone.with_extension("away")).unwrap();
+            if stays_empty {
+                std::fs::create_dir(&gone).unwrap();
+            }
+            Ok(noise(10, 1))
+        });
+        let stored = fixture.store.put_stream(&key("a/b"), Box::pin(goes_away), PutCondition::Create).await;
+        assert_eq!(stored.unwrap_err().kind(), Kind::Unreachable);
+        if stays_empty {
+            std::fs::remove_dir(&root).expect("nothing is written beside the file system");
+        }
+        std::fs::rename(root.with_extension("away"), &root).expect("nothing is made where the root was");
+        fixture.store.put(&key("a/b"), noise(10, 2), PutCondition::Create).await.unwrap();
+    }
+}
+
 #[tokio::test]
 async fn an_object_in_the_way_of_a_directory_is_a_conflict_and_keeps_its_bytes() {
     let fixture = directory();
