@@ -95,6 +95,13 @@ impl BackupId {
     }
 }
 
+impl BackupId {
+    /// The part that two backups share which began in the same second: it sorts by time, what follows does not.
+    pub fn second(&self) -> &str {
+        self.0.split_once('-').map_or(&self.0, |(second, _)| second)
+    }
+}
+
 impl fmt::Display for BackupId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)

@@ -50,7 +50,9 @@ async fn a_copy_that_failed_for_a_reason_that_passes_is_made_again_and_leaves_on
         let report = run_to_end(&site.runner(site.source(&archiver)), backup_order()).await;
         assert_eq!(report.state, state, "{report:?}");
         assert_eq!(site.keys("/backups/").await.len(), backups);
-        assert_eq!(site.keys("/packs/").await.len(), backups);
+        // Each of the two lanes makes a pack if it gets a file.
+        let packs = site.keys("/packs/").await.len();
+        assert!((backups..=2 * backups).contains(&packs), "{packs} packs of {backups} backups");
         assert_eq!(site.keys("/work/").await, Vec::<String>::new());
     }
 }

@@ -36,7 +36,7 @@ pub struct BackupList {
 pub(in crate::repo) struct KnownBackups {
     /// Of each manifest that was read its size and what it says.
     facts: BTreeMap<BackupId, (u64, Arc<ManifestObject>)>,
-    /// What was there when it was listed last. Ids sort by the time at which the backup began.
+    /// What was there when it was listed last. Ids sort by the second in which the backup began.
     listed: Vec<(BackupId, ObjectInfo)>,
     listed_at: Option<Timestamp>,
     changes: u64,
@@ -131,21 +131,33 @@ impl Backups {
     ) -> Result<Option<Backup>> {
         let remembered = self.repo.local_copy().remembered(incarnation).await;
         let _one = remembered.asking.lock().await;
+        let mut newest: Option<Backup> = None;
         for (id, info) in self.listed(incarnation, &remembered, max_age).await?.into_iter().rev() {
+            if newest.as_ref().is_some_and(|newest| newest.id.second() != id.second()) {
+                break;
+            }
             match self.facts(incarnation, &remembered, &id, &info).await {
-                Ok(object) if is_meant(&object.backup) => return Ok(Some(object.backup.clone())),
+                Ok(object) if is_meant(&object.backup) => {
+                    let found = &object.backup;
+                    if newest.as_ref().is_none_or(|newest| began(newest) < began(found)) {
+                        newest = Some(found.clone());
+                    }
+                }
                 Ok(_) => {}
                 Err(error) if is_unreadable(&error) || error.kind() == Kind::NotFound => {}
                 Err(error) => return Err(error),
             }
         }
-        Ok(None)
+        Ok(newest)
     }
 
     /// The newest backup that is remembered. Asks nobody: for the time when nobody answers.
     pub async fn newest_remembered(&self, incarnation: IncarnationId) -> Option<Backup> {
         let remembered = self.repo.local_copy().remembered(incarnation).await;
-        remembered.with_backups(|known| known.facts.values().next_back().map(|(_, object)| object.backup.clone()))
+        remembered.with_backups(|known| {
+            let backups = known.facts.values().map(|(_, object)| &object.backup);
+            backups.max_by_key(|backup| began(backup)).cloned()
+        })
     }
 
     /// The next who asks gets a new listing: this process has published or removed a backup.
@@ -194,6 +206,11 @@ impl Backups {
         remembered.with_backups(|known| known.remember(id.clone(), info.size_bytes, object.clone()));
         Ok(object)
     }
+}
+
+/// What tells which of two backups is the newer one: ids tell seconds only.
+fn began(backup: &Backup) -> (Timestamp, Timestamp) {
+    (backup.began_at, backup.ended_at)
 }
 
 fn is_unreadable(error: &Error) -> bool {

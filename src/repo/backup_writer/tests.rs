@@ -75,6 +75,21 @@ async fn write(writer: &BackupWriter, files: Files, piece_bytes: usize) -> Resul
     .await
 }
 
+#[tokio::test]
+async fn of_backups_that_began_in_the_same_second_the_later_one_is_the_newest() {
+    let site = site().await;
+    let backups = Backups::new(site.repo.clone());
+    // The letters behind the second say nothing about the time.
+    for (number, milliseconds) in [(1, 100), (3, 200), (2, 300), (0, 400), (4, 350)] {
+        let writer = begin(&site, backup_id(number)).await;
+        let began_at = site.clock.now() + std::time::Duration::from_millis(milliseconds);
+        writer.publish(Backup { began_at, ended_at: began_at, ..draft(&site, backup_id(number)) }).await.unwrap();
+    }
+    let newest = backups.newest(site.incarnation, std::time::Duration::ZERO, |_| true).await.unwrap();
+    assert_eq!(newest.unwrap().id, backup_id(0));
+    assert_eq!(backups.newest_remembered(site.incarnation).await.unwrap().id, backup_id(0));
+}
+
 /// Restores a backup into memory, as a job does on disk. Also returns how many frames were decoded.
 async fn restore(site: &Site, id: &BackupId) -> Result<(Files, usize)> {
     let reader = BackupReader::open(site.repo.clone(), site.incarnation, id).await?;
