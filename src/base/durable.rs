@@ -194,7 +194,15 @@ pub fn free_bytes(path: &Path) -> Result<u64> {
 /// An exclusive lock on a file; dropping it, or the death of the process, gives it back.
 #[derive(Debug)]
 pub struct LockGuard {
-    _file: File,
+    file: File,
+}
+
+impl Drop for LockGuard {
+    fn drop(&mut self) {
+        // A child that is being started has the descriptor, too, until it runs its program: closing ours would not be enough.
+        // A lock that cannot be given back here is given back when the last descriptor is closed.
+        let _ = self.file.unlock();
+    }
 }
 
 /// Takes the lock file at `path` (created with mode 0600) without waiting, and writes the process id into it. If
@@ -223,7 +231,7 @@ pub fn lock_file(path: &Path) -> Result<LockGuard> {
         .and_then(|()| file.seek(SeekFrom::Start(0)))
         .and_then(|_| file.write_all(format!("{}\n", std::process::id()).as_bytes()))
         .context(what)?;
-    Ok(LockGuard { _file: file })
+    Ok(LockGuard { file })
 }
 
 #[cfg(test)]
@@ -239,6 +247,18 @@ mod tests {
 
     fn mode_of(path: &Path) -> u32 {
         std::fs::metadata(path).unwrap().permissions().mode() & 0o7777
+    }
+
+    #[test]
+    fn a_lock_is_given_back_although_a_child_that_is_being_started_has_its_descriptor() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("lock");
+        let guard = lock_file(&path).unwrap();
+        let inherited = guard.file.try_clone().unwrap();
+        assert_eq!(lock_file(&path).unwrap_err().kind(), Kind::Conflict);
+        drop(guard);
+        lock_file(&path).unwrap();
+        drop(inherited);
     }
 
     #[test]
