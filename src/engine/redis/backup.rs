@@ -10,6 +10,7 @@
 //!
 //! The base's checksum is verified while it is read; a damaged one is refused here and not found in a clone.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Read;
 use std::path::PathBuf;
@@ -83,13 +84,8 @@ async fn run(inner: &Inner, label: &str, sink: Arc<dyn BaseSink>, cancel: &Cance
     let seen = inner.observe().await?;
     let last = seen.files.last().ok_or_else(|| Error::new(Kind::Server, "the manifest names no increments"))?;
     let stop = Position::File { number: last.held.number, offset: last.readable_bytes };
-    facts.insert(String::from("label"), label.to_string());
-    facts.insert(String::from("checksum"), verdict.to_string());
-    facts.insert(LOG_TIMES_FACT.to_string(), if seen.writes_times { LOG_TIMES_SECONDS } else { "no" }.to_string());
-    if let Some(used) = seen.info.get("used_memory") {
-        facts.insert(USED_MEMORY_FACT.to_string(), used.clone());
-    }
-    facts.extend(inner.with_session(server_facts).await?);
+    let log_times = if seen.writes_times { LOG_TIMES_SECONDS } else { "no" };
+    describe(inner, &mut facts, label, verdict, (log_times, &seen.info)).await?;
     // The log's times are whole seconds: the first that this backup can show is the next one.
     let ended_at = next_second(seen.observed_at)?;
     let wait = ended_at.duration_since(Timestamp::now());
@@ -97,6 +93,25 @@ async fn run(inner: &Inner, label: &str, sink: Arc<dyn BaseSink>, cancel: &Cance
         tokio::time::sleep(wait.min(Duration::from_secs(2))).await;
     }
     Ok(BaseSpan { start, stop, began_at, ended_at, facts, damaged_blocks: Vec::new() })
+}
+
+/// Adds what every backup says: its label and how its bytes were checked, which times its log has, and the server as it is
+/// and as its INFO said.
+pub(super) async fn describe(
+    inner: &Inner,
+    facts: &mut BTreeMap<String, String>,
+    label: &str,
+    verdict: &str,
+    (log_times, info): (&str, &BTreeMap<String, String>),
+) -> Result<()> {
+    facts.insert(String::from("label"), label.to_string());
+    facts.insert(String::from("checksum"), verdict.to_string());
+    facts.insert(LOG_TIMES_FACT.to_string(), log_times.to_string());
+    if let Some(used) = info.get("used_memory") {
+        facts.insert(USED_MEMORY_FACT.to_string(), used.clone());
+    }
+    facts.extend(inner.with_session(server_facts).await?);
+    Ok(())
 }
 
 /// The first whole second that is not before `at`.

@@ -23,9 +23,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::base::bulk::run_on_thread;
 use crate::engine::redis::Inner;
-use crate::engine::redis::backup::{
-    BASE_FACT, DATABASE_FACT, LOG_TIMES_FACT, LOG_TIMES_RECEIVED, RDB_VERSION_FACT, USED_MEMORY_FACT, server_facts,
-};
+use crate::engine::redis::backup::{BASE_FACT, DATABASE_FACT, LOG_TIMES_RECEIVED, RDB_VERSION_FACT, describe};
 use crate::engine::redis::ondisk::rdb::{HEADER_BYTES_WANTED, RdbCheck, RdbHeader, RdbVerdict};
 use crate::engine::redis::replica::{Answer, Link, LinkUse, SnapshotEnd};
 use crate::engine::redis::saved::{self, Saved};
@@ -93,7 +91,7 @@ async fn run_saved(
     read?;
     tracing::info!("instance '{}': the backup is the snapshot that the server has saved", inner.source().name);
     facts.insert(DATABASE_FACT.to_string(), database.to_string());
-    describe(inner, &mut facts, label, verdict, &info).await?;
+    describe(inner, &mut facts, label, verdict, (LOG_TIMES_RECEIVED, &info)).await?;
     Ok(BaseSpan { start, stop: start, began_at: now, ended_at: now, facts, damaged_blocks: Vec::new() })
 }
 
@@ -111,24 +109,6 @@ fn read_saved(mut found: Saved, sender: &mpsc::Sender<Bytes>) -> Result<()> {
             return Ok(());
         }
     }
-}
-
-/// Adds what every backup says.
-async fn describe(
-    inner: &Inner,
-    facts: &mut BTreeMap<String, String>,
-    label: &str,
-    verdict: &str,
-    info: &BTreeMap<String, String>,
-) -> Result<()> {
-    facts.insert(String::from("label"), label.to_string());
-    facts.insert(String::from("checksum"), verdict.to_string());
-    facts.insert(LOG_TIMES_FACT.to_string(), LOG_TIMES_RECEIVED.to_string());
-    if let Some(used) = info.get("used_memory") {
-        facts.insert(USED_MEMORY_FACT.to_string(), used.clone());
-    }
-    facts.extend(inner.with_session(server_facts).await?);
-    Ok(())
 }
 
 async fn run(inner: &Inner, label: &str, sink: Arc<dyn BaseSink>, cancel: CancellationToken) -> Result<BaseSpan> {
@@ -160,7 +140,7 @@ async fn run(inner: &Inner, label: &str, sink: Arc<dyn BaseSink>, cancel: Cancel
     // A sink that fails ends the receiving too, so its error is the one that says why.
     let (mut facts, verdict) = stored?;
     received?;
-    describe(inner, &mut facts, label, verdict, &info).await?;
+    describe(inner, &mut facts, label, verdict, (LOG_TIMES_RECEIVED, &info)).await?;
     Ok(BaseSpan { start, stop: start, began_at, ended_at, facts, damaged_blocks: Vec::new() })
 }
 

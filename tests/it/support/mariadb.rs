@@ -17,7 +17,7 @@ use keiki::engine::mysql::MySqlSource;
 use keiki::engine::mysql::product::Product;
 use keiki::engine::mysql::session::{Endpoint, Rows, Session};
 
-use super::postgres::{end_cleanly, server_user, spawn_that_dies_with_us, wait_until};
+use super::postgres::{end_cleanly, server_user, spawn_that_dies_with_us, tail, wait_until};
 
 /// The servers that tests know.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -241,8 +241,7 @@ impl Drop for MariaServer {
     fn drop(&mut self) {
         if std::thread::panicking() {
             let log = std::fs::read_to_string(self.work_dir.join("log")).unwrap_or_default();
-            let lines: Vec<&str> = log.lines().collect();
-            eprintln!("last words of MariaDB:\n{}", lines[lines.len().saturating_sub(20)..].join("\n"));
+            eprintln!("last words of MariaDB:\n{}", tail(&log));
         }
         self.kill9();
     }

@@ -18,7 +18,7 @@ use keiki::engine::mysql::product::Product;
 use keiki::engine::mysql::session::{Endpoint, Rows, Session};
 
 use super::mariadb::{as_user, own};
-use super::postgres::{end_cleanly, server_user, spawn_that_dies_with_us, wait_until};
+use super::postgres::{end_cleanly, server_user, spawn_that_dies_with_us, tail, wait_until};
 
 /// The agent's account on every server.
 pub const AGENT: &str = "keiki";
@@ -218,8 +218,7 @@ impl Drop for MySqlServer {
     fn drop(&mut self) {
         if std::thread::panicking() {
             let log = std::fs::read_to_string(self.work_dir.join("log")).unwrap_or_default();
-            let lines: Vec<&str> = log.lines().collect();
-            eprintln!("last words of MySQL:\n{}", lines[lines.len().saturating_sub(20)..].join("\n"));
+            eprintln!("last words of MySQL:\n{}", tail(&log));
         }
         self.kill9();
     }

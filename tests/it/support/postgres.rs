@@ -427,7 +427,8 @@ impl Drop for Load {
     }
 }
 
-fn tail(text: &str) -> String {
+/// The last lines of a log.
+pub fn tail(text: &str) -> String {
     let lines: Vec<&str> = text.lines().collect();
     lines[lines.len().saturating_sub(30)..].join("\n")
 }

@@ -127,10 +127,15 @@ pub fn render_quarantine(site: &CloneSite, server: &Server, init_file: &Path) ->
         // Whatever the log has, with a name or without.
         text += "gtid_mode = ON_PERMISSIVE\nenforce_gtid_consistency = WARN\n";
     }
-    if !site.settings.contains_key("innodb_buffer_pool_size") {
-        text += &format!("innodb_buffer_pool_size = {}\n", replay_pool(site));
+    text + &pool_line(site)
+}
+
+/// The size of the buffer pool, unless the order says one.
+fn pool_line(site: &CloneSite) -> String {
+    match site.settings.contains_key("innodb_buffer_pool_size") {
+        true => String::new(),
+        false => format!("innodb_buffer_pool_size = {}\n", replay_pool(site)),
     }
-    text
 }
 
 /// The source's pool, but not more than a quarter of this host's memory: other servers run here.
@@ -157,8 +162,5 @@ pub fn render_instance(site: &CloneSite, server: &Server) -> String {
     if server.program.product == Product::MariaDb && !site.settings.contains_key("binlog_format") {
         text += "binlog_format = ROW\n";
     }
-    if !site.settings.contains_key("innodb_buffer_pool_size") {
-        text += &format!("innodb_buffer_pool_size = {}\n", replay_pool(site));
-    }
-    text
+    text + &pool_line(site)
 }

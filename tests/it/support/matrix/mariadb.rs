@@ -106,16 +106,7 @@ impl SourceServer for MariaServer {
     }
 
     fn own_log(&self) -> Vec<Vec<u8>> {
-        let rows = ask(&self.endpoint(), "SHOW BINARY LOGS");
-        let names = rows.rows.iter().map(|row| row[0].clone().unwrap());
-        names
-            .map(|name| {
-                let mut bytes = std::fs::read(self.data_dir.join(name)).unwrap();
-                // The lowest bit of the first event's flags says that the file is in use.
-                bytes[4 + 17] &= !1;
-                bytes
-            })
-            .collect()
+        own_log(&self.endpoint(), &self.data_dir)
     }
 
     fn stop(&mut self) {
@@ -131,13 +122,7 @@ impl SourceServer for MariaServer {
     }
 
     fn facts(&self) -> BTreeMap<String, String> {
-        let rows = ask(&self.endpoint(), "SHOW GLOBAL VARIABLES");
-        let pairs = rows.rows.into_iter().map(|row| (row[0].clone().unwrap(), row[1].clone().unwrap_or_default()));
-        // These follow what is written.
-        let mut facts: BTreeMap<_, _> =
-            pairs.filter(|(name, _)| !name.starts_with("gtid_") || name.ends_with("_mode")).collect();
-        facts.insert("process".to_string(), self.pid().to_string());
-        facts
+        facts(&self.endpoint(), self.pid())
     }
 
     fn is_own_business(path: &str) -> bool {
@@ -217,6 +202,31 @@ pub(super) fn endpoint_of(clone: &CloneAt) -> Endpoint {
         password: Some(read_password(&clone.run_dir.join(PASSWORD_FILE)).unwrap()),
         run_as: server_user().name,
     }
+}
+
+/// The bytes of each binary log that the server has.
+pub(super) fn own_log(endpoint: &Endpoint, data_dir: &Path) -> Vec<Vec<u8>> {
+    let rows = ask(endpoint, "SHOW BINARY LOGS");
+    let names = rows.rows.iter().map(|row| row[0].clone().unwrap());
+    names
+        .map(|name| {
+            let mut bytes = std::fs::read(data_dir.join(name)).unwrap();
+            // The lowest bit of the first event's flags says that the file is in use.
+            bytes[4 + 17] &= !1;
+            bytes
+        })
+        .collect()
+}
+
+/// The settings of a server, and the number of its process.
+pub(super) fn facts(endpoint: &Endpoint, pid: u32) -> BTreeMap<String, String> {
+    let rows = ask(endpoint, "SHOW GLOBAL VARIABLES");
+    let pairs = rows.rows.into_iter().map(|row| (row[0].clone().unwrap(), row[1].clone().unwrap_or_default()));
+    // These follow what is written.
+    let mut facts: BTreeMap<_, _> =
+        pairs.filter(|(name, _)| !name.starts_with("gtid_") || name.ends_with("_mode")).collect();
+    facts.insert("process".to_string(), pid.to_string());
+    facts
 }
 
 /// The checksum of all rows of each table that a user has made.

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use keiki::base::random::random_u64;
 
-use super::mariadb::{LIMIT, Load, ask, contents, endpoint_of, runtime, with_session};
+use super::mariadb::{LIMIT, Load, ask, contents, endpoint_of, facts, own_log, runtime, with_session};
 use super::{CloneAt, Contents, SourceServer, Writers, copy_tree};
 use crate::support::hosts::Lab;
 use crate::support::mysql::{MySqlServer, bin_dir};
@@ -98,16 +98,7 @@ impl SourceServer for MySqlServer {
     }
 
     fn own_log(&self) -> Vec<Vec<u8>> {
-        let rows = ask(&self.endpoint(), "SHOW BINARY LOGS");
-        let names = rows.rows.iter().map(|row| row[0].clone().unwrap());
-        names
-            .map(|name| {
-                let mut bytes = std::fs::read(self.data_dir.join(name)).unwrap();
-                // The lowest bit of the first event's flags says that the file is in use.
-                bytes[4 + 17] &= !1;
-                bytes
-            })
-            .collect()
+        own_log(&self.endpoint(), &self.data_dir)
     }
 
     fn stop(&mut self) {
@@ -123,13 +114,7 @@ impl SourceServer for MySqlServer {
     }
 
     fn facts(&self) -> BTreeMap<String, String> {
-        let rows = ask(&self.endpoint(), "SHOW GLOBAL VARIABLES");
-        let pairs = rows.rows.into_iter().map(|row| (row[0].clone().unwrap(), row[1].clone().unwrap_or_default()));
-        // These follow what is written.
-        let mut facts: BTreeMap<_, _> =
-            pairs.filter(|(name, _)| !name.starts_with("gtid_") || name.ends_with("_mode")).collect();
-        facts.insert("process".to_string(), self.pid().to_string());
-        facts
+        facts(&self.endpoint(), self.pid())
     }
 
     fn is_own_business(path: &str) -> bool {
