@@ -60,7 +60,12 @@ impl LinksStore {
     /// the file is not what was written, `BadInput` if it is something else. Asks no server.
     pub fn open(path: &Path, ca: Option<&Path>, clock: Arc<dyn Clock>) -> Result<LinksStore> {
         let what = || format!("cannot use links '{}'", path.display());
-        let file = File::open(path).context(what)?;
+        let file = File::open(path).context(what).map_err(|error| match error.kind() {
+            Kind::NotFound => {
+                error.hint("'keiki backup download INSTANCE BACKUP --link 1h --to FILE' writes such a file")
+            }
+            _ => error,
+        })?;
         if !file.metadata().context(what)?.is_file() {
             return Err(Error::new(Kind::BadInput, format!("{}: it is not a file", what()))
                 .hint("write what 'keiki backup download --link' printed into a file"));
