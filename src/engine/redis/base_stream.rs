@@ -17,7 +17,6 @@ use std::io::Read;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use jiff::Timestamp;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
@@ -76,8 +75,7 @@ async fn run_saved(
     sink: Arc<dyn BaseSink>,
     cancel: CancellationToken,
 ) -> Result<BaseSpan> {
-    // Everything that was received by now and is in the snapshot was received before: moments from now on are behind it.
-    let now = inner.with_session(server_time).await?.max(Timestamp::now());
+    let now = inner.with_session(server_time).await?.max(found.shown_from);
     let info = inner.with_session(async |session| session.info(&["memory"]).await).await?;
     let (start, database, path) = (found.start, found.database, found.path.clone());
     sink.expect_bytes(found.bytes);
@@ -128,8 +126,10 @@ async fn run(inner: &Inner, label: &str, sink: Arc<dyn BaseSink>, cancel: Cancel
         return Err(Error::new(Kind::Server, "the server sends no snapshot"));
     };
     // Whatever is executed from now on is not in the snapshot.
-    let ended_at = inner.with_session(server_time).await?;
-    let start = inner.follower().locate(&history, offset).await?;
+    let executed_at = inner.with_session(server_time).await?;
+    // What goes on behind it may have been received together with what came before it, and later.
+    let (start, shown_from) = inner.follower().locate(&history, offset).await?;
+    let ended_at = executed_at.max(shown_from);
     let end = link.snapshot_end().await?;
     if let SnapshotEnd::Bytes(bytes) = end {
         sink.expect_bytes(bytes);

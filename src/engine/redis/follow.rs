@@ -169,10 +169,15 @@ impl Follower {
             .await
     }
 
-    /// Where an offset that was received lies in the log.
-    pub(super) async fn locate(&self, history: &str, offset: u64) -> Result<Position> {
+    /// Where an offset lies in the log, once it was received, and the first moment that a clone can show of the log from
+    /// there on.
+    pub(super) async fn locate(&self, history: &str, offset: u64) -> Result<(Position, Timestamp)> {
         self.wait_for(history, offset).await?;
-        self.shared.with_spool(move |spool| spool.locate(offset)).await
+        let located = self.shared.with_spool(move |spool| Ok((spool.locate(offset)?, spool.received_before())));
+        let (position, unix_millis) = located.await?;
+        // What was received by now was received before, even if it lies in a file that is finished.
+        let now = Timestamp::now();
+        Ok((position, Timestamp::from_millisecond(unix_millis).map_or(now, |before| before.max(now))))
     }
 
     /// The path of a log file.

@@ -11,6 +11,8 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::PathBuf;
 use std::time::Duration;
 
+use jiff::Timestamp;
+
 use crate::base::bulk::run_blocking;
 use crate::engine::redis::Inner;
 use crate::engine::redis::ondisk::rdb::{HEADER_BYTES_WANTED, RdbHeader};
@@ -28,6 +30,8 @@ pub(super) struct Saved {
     pub(super) bytes: u64,
     /// Where the log goes on.
     pub(super) start: Position,
+    /// The first moment that a clone of it can show.
+    pub(super) shown_from: Timestamp,
     /// The database that the stream was in.
     pub(super) database: u32,
 }
@@ -87,10 +91,10 @@ pub(super) async fn find(inner: &Inner) -> Result<Option<Saved>> {
         return Ok(None);
     }
     match inner.follower().locate(history, offset).await {
-        Ok(start) => {
+        Ok((start, shown_from)) => {
             // If it is damaged, the next backup is made in the other way.
             inner.note_saved(found.name);
-            Ok(Some(Saved { file: found.file, path, bytes: found.bytes, start, database }))
+            Ok(Some(Saved { file: found.file, path, bytes: found.bytes, start, shown_from, database }))
         }
         Err(error) if matches!(error.kind(), Kind::NotFound | Kind::Server) => Ok(None),
         Err(error) => Err(error),

@@ -275,6 +275,12 @@ impl Spool {
         Ok(Position::File { number, offset: at })
     }
 
+    /// All that was received so far is noted as received before this time, in milliseconds since 1970. A backup whose log
+    /// goes on in the middle of it shows no moment before: the annotation that covers the rest stands before that place.
+    pub fn received_before(&self) -> i64 {
+        self.open.as_ref().map_or(0, |open| open.received_at.saturating_add(1))
+    }
+
     /// The files in the order of the log; what they say is readable is durable.
     pub fn files(&mut self) -> Result<Vec<SpoolFile>> {
         let paths = self.paths()?;

@@ -1,6 +1,7 @@
 //! The spool against streams that are cut at any byte, agents that die, and servers that forget.
 
 use super::*;
+use crate::engine::redis::recovery::cut::{Cut, End};
 
 const ID: &str = "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa";
 const SELECT_3: &str = "*2\r\n$6\r\nSELECT\r\n$1\r\n3\r\n";
@@ -182,6 +183,26 @@ fn the_disk_of_the_server_has_a_limit_and_one_agent() {
     assert!(files.len() < 4, "{files:?}");
     assert_eq!(files.last().unwrap().number, 50_005);
     assert_eq!(Spool::open(dir.path(), 300).unwrap_err().kind(), Kind::Conflict);
+}
+
+#[test]
+fn a_backup_in_the_middle_of_what_came_at_once_shows_no_moment_before_that() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut spool = begun(dir.path());
+    let came_at = 50_000_700;
+    spool.append(came_at, [SET, SET, SET].concat().as_bytes()).unwrap();
+    let (_, from) = spool.locate(1000 + SET.len() as u64).unwrap().file().unwrap();
+    let first_moment = spool.received_before();
+    spool.append(came_at + 5, SET.as_bytes()).unwrap();
+    let log = std::fs::read(spool.path(50_000)).unwrap();
+    // From there on a cut sees no annotation before the next one, so it keeps what came later than an earlier target.
+    let kept = |limit| {
+        let mut cut = Cut::new(50_000, from, End::Before(limit));
+        cut.feed(&log[from as usize..]).unwrap();
+        (cut.kept(log.len() as u64).unwrap() - from) as usize
+    };
+    assert_eq!(kept(came_at - 100), 2 * SET.len(), "which is why such a target needs an older backup");
+    assert_eq!((first_moment, kept(first_moment)), (came_at + 1, 2 * SET.len()));
 }
 
 #[test]
