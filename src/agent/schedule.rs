@@ -5,10 +5,12 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use jiff::tz::TimeZone;
 use jiff::{SignedDuration, Timestamp};
 
-use crate::agent::config::next_start;
+use crate::agent::config::{BackupSchedule, next_start};
 use crate::agent::host::Host;
+use crate::agent::supervisor::Supervisor;
 use crate::error::{Kind, Result};
 use crate::model::backup::BackupKind;
 use crate::model::id::JobId;
@@ -28,7 +30,7 @@ const BETWEEN_HOLES: SignedDuration = SignedDuration::from_mins(10);
 
 /// Runs until the agent stops.
 pub async fn run(host: Arc<Host>) {
-    let local = jiff::tz::TimeZone::system();
+    let local = TimeZone::system();
     let mut ordered_behind_hole: BTreeMap<String, Timestamp> = BTreeMap::new();
     loop {
         tokio::select! {
@@ -40,7 +42,7 @@ pub async fn run(host: Arc<Host>) {
         for instance in host.instances() {
             let name = &instance.config.name;
             let is_patient = ordered_behind_hole.get(name).is_some_and(|at| now.duration_since(*at) < BETWEEN_HOLES);
-            if !is_patient && instance.is_behind_a_hole().await.unwrap_or(false) {
+            if !is_patient && is_behind_hole(instance.as_ref()).await.unwrap_or(false) {
                 tracing::warn!("log of '{name}' is missing behind its newest backup: taking another one");
                 ordered_behind_hole.insert(name.clone(), now);
                 if let Err(error) = order(&host, name).await {
@@ -48,16 +50,9 @@ pub async fn run(host: Arc<Host>) {
                 }
             }
             let Some(schedule) = &instance.config.backup else { continue };
-            let is_due = async |max_age| {
-                let last = instance.last_automatic_backup_began_at(max_age).await?;
-                Ok(next_start(&schedule.schedule, now, last, &local).is_some_and(|start| start <= now))
-            };
-            let is_due: Result<bool> = match is_due(BELIEVED).await {
-                Ok(true) => is_due(BELIEVED_WHEN_DUE).await,
-                other => other,
-            };
-            // While the repository cannot be asked, it is not known whether a backup is due; it will be later.
+            let is_due = is_due(instance.as_ref(), schedule, now, &local).await;
             let has_saved = schedule.also_when_saved && instance.has_saved().await.unwrap_or(false);
+            // While the repository cannot be asked, it is not known whether a backup is due; it will be later.
             if (is_due.unwrap_or(false) || has_saved)
                 && let Err(error) = order(&host, &instance.config.name).await
             {
@@ -65,6 +60,24 @@ pub async fn run(host: Arc<Host>) {
             }
         }
     }
+}
+
+// Each of the two asks by what is believed of the backups, and again by a newer look if that says that one is to be taken: a
+// look costs requests, and a quiet instance makes next to none.
+
+async fn is_behind_hole(instance: &Supervisor) -> Result<bool> {
+    Ok(instance.needs_backup_behind_hole(BELIEVED).await?
+        && instance.needs_backup_behind_hole(BELIEVED_WHEN_DUE).await?)
+}
+
+async fn is_due(instance: &Supervisor, schedule: &BackupSchedule, now: Timestamp, local: &TimeZone) -> Result<bool> {
+    for max_age in [BELIEVED, BELIEVED_WHEN_DUE] {
+        let last = instance.last_automatic_backup_began_at(max_age).await?;
+        if next_start(&schedule.schedule, now, last, local).is_none_or(|start| start > now) {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 async fn order(host: &Host, instance: &str) -> Result<()> {

@@ -16,10 +16,9 @@ use crate::base::users::User;
 use crate::engine::Engine;
 use crate::error::{Error, Kind, Result};
 use crate::job::archive::{ArchiveState, Archiver, ArchiverOptions};
-use crate::job::backup::BackupSource;
+use crate::job::backup::{BackupSource, needs_backup_behind_hole};
 use crate::job::ports::RepositoryDoor;
 use crate::model::backup::{Backup, BackupKind};
-use crate::model::engine_kind::EngineKind;
 use crate::model::id::IncarnationId;
 use crate::model::incarnation::LeaseHolder;
 use crate::model::window::Hole;
@@ -224,23 +223,11 @@ impl Supervisor {
         self.engine.has_saved().await
     }
 
-    /// Whether log is missing between the newest backup and what is shipped now, so that nothing new can be cloned before
-    /// there is another backup. Asked of servers that may forget log without anybody's fault: Redis and Valkey, which keep
-    /// no more of it than they need themselves.
-    pub async fn is_behind_a_hole(&self) -> Result<bool> {
-        if !matches!(self.config.engine, EngineKind::Redis | EngineKind::Valkey) {
-            return Ok(false);
-        }
-        let archiver = self.archiver()?;
-        let status = archiver.status();
-        let Some(shipped) =
-            status.shipped.filter(|_| status.state == ArchiveState::Archiving && status.backlog_bytes == 0)
-        else {
-            return Ok(false);
-        };
-        match self.last_backup().await {
-            Some(backup) => Ok(!archiver.has_log(backup.start, shipped).await?),
-            None => Ok(false),
+    /// See [`needs_backup_behind_hole`]. Never for a server that keeps its log until it is shipped.
+    pub async fn needs_backup_behind_hole(&self, max_age: Duration) -> Result<bool> {
+        match self.config.engine.forgets_log_by_itself() {
+            true => needs_backup_behind_hole(self.archiver()?.as_ref(), max_age).await,
+            false => Ok(false),
         }
     }
 

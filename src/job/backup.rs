@@ -7,6 +7,7 @@
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use tokio_util::sync::CancellationToken;
@@ -16,7 +17,7 @@ use crate::base::random::random_u64;
 use crate::base::retry::{RetryPolicy, retry};
 use crate::engine::{BaseLane, BaseSink, BaseSpan, Engine, Progress};
 use crate::error::{Error, Kind, Result};
-use crate::job::archive::Archiver;
+use crate::job::archive::{ArchiveState, Archiver};
 use crate::job::{Restart, StepContext, StepPlan, UndoCause, Work};
 use crate::model::backup::{Backup, BackupKind, FileMeta};
 use crate::model::bytes_text::human_bytes;
@@ -228,6 +229,19 @@ impl BackupWork {
         say_results(context, &backup);
         *self.lock() = None;
         Ok(())
+    }
+}
+
+/// Whether log is missing between the newest backup and what is shipped now, so that nothing new can be cloned before there
+/// is another backup. Goes by what is known of the backups for `max_age`: in that time it asks nobody.
+pub async fn needs_backup_behind_hole(archiver: &Archiver, max_age: Duration) -> Result<bool> {
+    let status = archiver.status();
+    let is_all_shipped = status.state == ArchiveState::Archiving && status.backlog_bytes == 0;
+    let Some(shipped) = status.shipped.filter(|_| is_all_shipped) else { return Ok(false) };
+    let backups = Backups::new(archiver.repository().clone());
+    match backups.newest(archiver.incarnation(), max_age, |_| true).await? {
+        Some(backup) => Ok(!archiver.has_log(backup.start, shipped).await?),
+        None => Ok(false),
     }
 }
 

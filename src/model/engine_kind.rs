@@ -33,6 +33,12 @@ impl EngineKind {
         matches!(self, EngineKind::Redis | EngineKind::Valkey)
     }
 
+    /// Whether a server may forget log before it is shipped without anybody's fault, because it keeps no more of it than it
+    /// needs itself.
+    pub fn forgets_log_by_itself(self) -> bool {
+        matches!(self, EngineKind::Redis | EngineKind::Valkey)
+    }
+
     /// The engine with this name.
     pub fn parse(name: &str) -> Result<EngineKind> {
         Self::NAMES.iter().find(|row| row.1 == name).map(|row| row.0).ok_or_else(|| {

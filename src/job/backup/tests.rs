@@ -97,3 +97,32 @@ async fn an_agent_that_died_after_the_manifest_was_written_does_not_take_a_secon
     assert_eq!((report.state, report.results[0].0.as_str()), (JobState::Done, "backup"));
     assert_eq!(site.keys("/backups/").await.len(), 1);
 }
+
+#[tokio::test]
+async fn a_hole_behind_the_newest_backup_is_found_and_while_all_is_quiet_nobody_is_asked() {
+    let site = Site::new().await;
+    let archiver = site.archiver().await;
+    let hour = Duration::from_secs(3600);
+    site.write(100);
+    archiver.ship_now().await.unwrap();
+    assert!(!needs_backup_behind_hole(&archiver, hour).await.unwrap(), "there is no backup");
+    site.back_up(&archiver).await;
+    site.write(100);
+    archiver.ship_now().await.unwrap();
+    assert!(!needs_backup_behind_hole(&archiver, hour).await.unwrap());
+    let calls = || [Operation::List, Operation::Get, Operation::Head].map(|operation| site.faults.calls(operation));
+    let before = calls();
+    for _ in 0..100 {
+        site.clock.advance(Duration::from_secs(30));
+        assert!(!needs_backup_behind_hole(&archiver, hour).await.unwrap());
+    }
+    assert_eq!(calls(), before);
+
+    // The server forgets log before it was shipped.
+    site.write(200);
+    site.lose_log_files(&[4, 5]);
+    archiver.ship_now().await.unwrap();
+    assert!(needs_backup_behind_hole(&archiver, hour).await.unwrap());
+    site.back_up(&archiver).await;
+    assert!(!needs_backup_behind_hole(&archiver, hour).await.unwrap(), "a backup of this agent is known at once");
+}
