@@ -19,7 +19,7 @@ use crate::job::archive::{ArchiveState, Archiver, ArchiverOptions};
 use crate::job::backup::{BackupSource, needs_backup_behind_hole};
 use crate::job::ports::RepositoryDoor;
 use crate::model::backup::{Backup, BackupKind};
-use crate::model::id::{IncarnationId, RunId};
+use crate::model::id::IncarnationId;
 use crate::model::incarnation::LeaseHolder;
 use crate::model::window::Hole;
 use crate::peer::access::Caller;
@@ -95,9 +95,8 @@ impl Supervisor {
 
     /// Claims and ships until the agent stops.
     async fn run(&self) {
-        let mut holder = self.around.holder.clone();
         while !self.stop.is_cancelled() {
-            let error = match self.claim(holder.clone()).await {
+            let error = match self.claim().await {
                 Ok(archiver) => {
                     tracing::info!("archiving '{}' as incarnation {}", self.config.name, archiver.incarnation());
                     self.lock().archiver = Some(archiver.clone());
@@ -105,12 +104,7 @@ impl Supervisor {
                     self.lock().archiver = None;
                     match ended {
                         Ok(()) => return,
-                        Err(error) => {
-                            if archiver.lease().is_lost_to_copy() {
-                                holder.run = RunId::fresh();
-                            }
-                            error
-                        }
+                        Err(error) => error,
                     }
                 }
                 // Who must not archive this server holds nothing on it either.
@@ -133,7 +127,7 @@ impl Supervisor {
         }
     }
 
-    async fn claim(&self, holder: LeaseHolder) -> Result<Arc<Archiver>> {
+    async fn claim(&self) -> Result<Arc<Archiver>> {
         let repository = self.around.repository.repository().await?;
         let options = ArchiverOptions { ship_every: self.config.ship_every, parallel_files: self.around.ship_lanes };
         Archiver::claim(
@@ -142,7 +136,7 @@ impl Supervisor {
             &self.around.state_dir,
             self.engine.clone(),
             repository,
-            holder,
+            self.around.holder.clone(),
             self.around.clock.clone(),
             options,
         )
