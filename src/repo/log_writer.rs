@@ -183,11 +183,12 @@ impl LogWriter {
         let what = || format!("cannot go on with log file '{}'", chunk.file);
         let Some(source) = source else { return Err(other_content(chunk, 0, "").while_doing(what())) };
         let length = chunk.to_bytes - chunk.from_bytes;
-        let (hash, _) = run_on_thread("keiki-compare", move || hash_source(source, length, None, None)).await?;
-        if hash == archived.content_hash {
-            return Ok(());
+        match run_on_thread("keiki-compare", move || hash_source(source, length, None, None)).await {
+            Ok((hash, _)) if hash == archived.content_hash => Ok(()),
+            // What was archived made sense up to its end. If the same bytes here do not, they are others.
+            Err(error) if error.kind() != Kind::Damaged => Err(error),
+            _ => Err(other_content(chunk, length, "").while_doing(what())),
         }
-        Err(other_content(chunk, length, "").while_doing(what()))
     }
 
     async fn delete_superseded_chunks(&self, file: &str) -> Result<()> {
