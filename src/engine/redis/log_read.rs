@@ -86,7 +86,13 @@ impl LogRead for IncrementRead {
             let at = match mark {
                 Mark::Second { unix_seconds, .. } => Timestamp::from_second(unix_seconds.min(limit)).ok(),
                 Mark::Received { unix_millis, .. } => Timestamp::from_millisecond(unix_millis).ok(),
-                Mark::Executed { .. } | Mark::Boundary { .. } => None,
+                // Everything up to then stands before, also what the last annotation of receipt says nothing about yet: if
+                // the server dies now, this is the last moment that is whole.
+                Mark::Executed { unix_millis, .. } => {
+                    *last_at = (*last_at).max(Timestamp::from_millisecond(unix_millis).ok());
+                    None
+                }
+                Mark::Boundary { .. } => None,
             };
             if at.is_some() {
                 *first_at = first_at.or(at);

@@ -76,6 +76,8 @@ struct OpenFile {
     /// What a backup or an annotation has made worth shipping, beyond the last change.
     wanted: u64,
     received_at: i64,
+    /// What `received_at` was when something last changed.
+    change_received_at: i64,
     executed_at: i64,
     began_at: i64,
     /// An annotation that waits until this offset of the stream has passed.
@@ -110,25 +112,15 @@ impl Spool {
         let mut walker = AofWalker::new(0);
         let (mut last, mut began_at) = (None, None);
         let (mut received_at, mut executed_at) = (0, 0);
-        let mut marks = VecDeque::new();
-        walk_file(&file, &mut walker, boundary, &path, |mark| {
-            let (end, stream_offset) = match mark {
-                Mark::Received { end, unix_millis, stream_offset, .. } => {
-                    received_at = unix_millis;
-                    began_at.get_or_insert(unix_millis);
-                    (end, stream_offset)
-                }
-                Mark::Executed { end, unix_millis, stream_offset, .. } => {
-                    executed_at = unix_millis;
-                    (end, stream_offset)
-                }
-                Mark::Second { .. } | Mark::Boundary { .. } => return,
-            };
-            last = Some((end, stream_offset));
-            if marks.len() == MARKS_KEPT {
-                marks.pop_front();
+        walk_file(&file, &mut walker, boundary, &path, |mark| match mark {
+            Mark::Received { end, unix_millis, stream_offset, .. } => {
+                (last, received_at) = (Some((end, stream_offset)), unix_millis);
+                began_at.get_or_insert(unix_millis);
             }
-            marks.push_back((stream_offset, Position::File { number, offset: end }));
+            Mark::Executed { end, unix_millis, stream_offset, .. } => {
+                (last, executed_at) = (Some((end, stream_offset)), unix_millis);
+            }
+            _ => {}
         })?;
         let (Some((end, offset)), Some(history)) = (last, walker.history().map(str::to_string)) else {
             return Ok(None);
@@ -136,7 +128,6 @@ impl Spool {
         let offset = offset.saturating_add(boundary.saturating_sub(end));
         let wanted = walker.changed();
         let place = Place { history, offset };
-        self.marks = marks;
         Ok(Some(OpenFile {
             file,
             path,
@@ -145,6 +136,7 @@ impl Spool {
             place,
             wanted,
             received_at,
+            change_received_at: received_at,
             executed_at,
             began_at: began_at.unwrap_or(received_at),
             executed_waits: None,
@@ -163,17 +155,10 @@ impl Spool {
         self.marks.clear();
         let number = match self.paths()?.last() {
             Some((last, path)) => {
-                let what = || format!("cannot end '{}'", path.display());
-                let file = match self.open.take() {
-                    Some(open) => {
-                        // Of a command that was not received to its end nothing stays.
-                        open.file.set_len(open.walker.boundary()).context(what)?;
-                        open.file
-                    }
-                    None => File::open(path).context(what)?,
-                };
-                // From now on it is said to be finished, which includes that it is durable.
-                file.sync_all().context(what)?;
+                // Of a command that was not received to its end nothing stays.
+                if let Some(open) = self.open.take() {
+                    open.file.set_len(open.walker.boundary()).context(|| format!("cannot cut '{}'", path.display()))?;
+                }
                 last.saturating_add(2).max(unix_seconds)
             }
             None => unix_seconds,
@@ -194,6 +179,7 @@ impl Spool {
             place,
             wanted: 0,
             received_at: 0,
+            change_received_at: 0,
             executed_at: 0,
             began_at: unix_millis,
             executed_waits: None,
@@ -274,16 +260,13 @@ impl Spool {
         Ok(())
     }
 
-    /// The place of an offset of the stream in a history, which must have been received, and makes it worth shipping.
-    /// `NotFound` if it is too long ago, or if the stream has begun anew in another history since.
-    pub fn locate(&mut self, history: &str, stream_offset: u64) -> Result<Position> {
-        let missing =
-            || Error::new(Kind::NotFound, format!("offset {stream_offset} of the replication stream is not known"));
-        if self.place().is_none_or(|place| place.history != history) {
-            return Err(missing());
-        }
+    /// The place of an offset of the stream, which must have been received, and makes it worth shipping. `NotFound` if it
+    /// is too long ago.
+    pub fn locate(&mut self, stream_offset: u64) -> Result<Position> {
         let after = self.marks.partition_point(|(offset, _)| *offset <= stream_offset);
         let mark = after.checked_sub(1).and_then(|index| self.marks.get(index));
+        let missing =
+            || Error::new(Kind::NotFound, format!("offset {stream_offset} of the replication stream is not known"));
         let (offset, position) = mark.ok_or_else(missing)?;
         let (number, at) = position.file()?;
         let at = at.saturating_add(stream_offset - offset);
@@ -413,7 +396,11 @@ impl OpenFile {
     }
 
     fn receive(&mut self, bytes: &[u8]) -> Result<()> {
+        let before = self.walker.changed();
         self.write(bytes)?;
+        if self.walker.changed() > before {
+            self.change_received_at = self.received_at;
+        }
         self.place.offset = self.place.offset.saturating_add(bytes.len() as u64);
         Ok(())
     }
@@ -434,8 +421,11 @@ impl OpenFile {
             return Ok(None);
         }
         self.executed_waits = None;
-        // Where nothing has changed since, the last one still says enough.
-        if unix_millis <= self.executed_at || self.walker.changed() <= self.wanted {
+        // Where nothing has changed since, the last one still says enough, if it is of later than the annotation before the
+        // last change: a clone to a moment until then does not have that change.
+        let has_changed = self.walker.changed() > self.wanted;
+        let completes = self.executed_at <= self.change_received_at && unix_millis > self.change_received_at;
+        if unix_millis <= self.executed_at || !(has_changed || completes) {
             return Ok(None);
         }
         self.write(executed_line(unix_millis, self.place.offset).as_bytes())?;
