@@ -218,7 +218,10 @@ fn an_accepted_clone_beside_its_source_archives_into_its_own_incarnation_only<S:
     assert_ne!(of_source, of_clone, "the clone archives into its source's incarnation");
 
     // With the source at rest, whatever changes below its incarnation comes from the clone.
-    stage.source.kill9();
+    match S::KEEPS_DATA_WHEN_KILLED {
+        true => stage.source.kill9(),
+        false => stage.source.stop(),
+    }
     let of_clone_before = settled_objects(&of_clone);
     let archive = lasting_objects(&of_source);
     stage.source.write_to(&clone);
@@ -257,7 +260,7 @@ mod of_whole_records {
 
     super::super::support::matrix::on_engines! {
         [mariadb MariaServer] [mysql MySqlServer] [redis RedisServer] [valkey ValkeyServer]
-            : [a_data_directory_that_was_put_back_cannot_go_on_with_the_open_file_that_it_archived_before]
+        [redis_stream RedisStreamServer] : [a_data_directory_that_was_put_back_cannot_go_on_with_the_open_file_that_it_archived_before]
     }
 }
 

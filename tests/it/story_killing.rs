@@ -11,7 +11,7 @@ use nix::unistd::Pid;
 use serde_json::Value;
 
 use super::support::hosts::{Host, free_port, wait_for};
-use super::support::matrix::{CloneAt, SourceServer, archived_log, on_every_engine};
+use super::support::matrix::{CloneAt, RedisStreamServer, SourceServer, archived_log, on_every_engine};
 use super::support::two_hosts::{
     SOON, TwoHosts, Via, difference, job, lasting_objects, processes_in, step, wait_until_ended, wait_until_shipped,
 };
@@ -21,11 +21,20 @@ on_every_engine![
     an_agent_killed_in_the_middle_of_copying_or_replaying_finishes_it_or_has_failed_cleanly,
     a_server_killed_while_its_clone_is_made_leaves_a_clone_that_is_exact_or_nothing,
     the_source_s_agent_killed_while_it_ships_leaves_no_gap_and_no_duplicate,
-    a_server_killed_and_started_again_goes_on_archiving,
     an_agent_or_a_server_killed_during_a_backup_leaves_nothing_and_the_next_backup_is_good,
     the_server_of_an_accepted_clone_comes_back_with_the_machine_and_stays_stopped_otherwise,
     while_the_repository_is_gone_status_says_so_and_nothing_is_lost,
 ];
+
+/// Of servers that have everything when they are started again.
+mod of_durable_data {
+    use super::*;
+
+    super::super::support::matrix::on_engines! {
+        [postgres TestServer] [mariadb MariaServer] [mysql MySqlServer] [redis RedisServer] [valkey ValkeyServer]
+            : [a_server_killed_and_started_again_goes_on_archiving]
+    }
+}
 
 /// How a killed job went on.
 #[derive(Debug, PartialEq, Eq, Clone, Copy)]
@@ -217,16 +226,9 @@ fn the_source_s_agent_killed_while_it_ships_leaves_no_gap_and_no_duplicate<S: So
     assert_nothing_held(&stage);
 }
 
-/// What the agent holds back on the source's disk is let go once it is shipped: files that the server has deleted and
-/// that are there because of the agent alone.
+/// What the agent holds back on the source's disk is let go once it is shipped.
 fn assert_nothing_held<S: SourceServer>(stage: &TwoHosts<S>) {
-    use std::os::unix::fs::MetadataExt;
-    let held = stage.source.data_dir().join("appendonlydir/keiki-held");
-    wait_for("what was held back to be let go", SOON, || {
-        let entries = std::fs::read_dir(&held).into_iter().flatten().flatten();
-        let logs = entries.filter(|entry| entry.file_name().to_string_lossy().ends_with(".aof"));
-        logs.filter_map(|log| log.metadata().ok()).all(|metadata| metadata.nlink() > 1)
-    });
+    wait_for("what was held back to be let go", SOON, || stage.source.held().is_empty());
 }
 
 fn a_server_killed_and_started_again_goes_on_archiving<S: SourceServer>() {
@@ -247,6 +249,65 @@ fn a_server_killed_and_started_again_goes_on_archiving<S: SourceServer>() {
     end_and_assert_whole(&stage);
 }
 
+/// What it had acknowledged and not saved is in the archive all the same; what follows is another history, of which nothing
+/// is put behind the first one.
+#[test]
+fn a_server_that_lost_data_when_it_was_killed_goes_on_behind_a_hole_and_the_archive_has_what_it_lost() {
+    let mut stage = TwoHosts::<RedisStreamServer>::of(Via::Peer);
+    stage.a.keiki_ok(&["backup", "create", "orders"]);
+    stage.source.fill(1);
+    stage.source.end_log_file();
+    // It saves what it has by now.
+    stage.source.stop();
+    stage.source.launch();
+    let saved = stage.source.contents();
+    stage.source.write(1);
+    stage.source.end_log_file();
+    stage.source.write(2);
+    let wanted = stage.source.contents();
+    wait_for("a note of what was executed", SOON, || {
+        let log = stage.source.own_log().pop().unwrap();
+        String::from_utf8_lossy(&log).lines().last().is_some_and(|line| line.starts_with("#KEIKI-BY:"))
+    });
+    stage.wait_until_shipped();
+    let window = stage.a.json(&["window", "orders"]);
+    assert_eq!(window["holes"].as_array().unwrap().len(), 0, "{window:#}");
+
+    stage.source.kill9();
+    stage.source.launch();
+    assert_eq!(stage.source.contents(), saved, "the server lost nothing");
+    stage.source.write(3);
+    stage.source.end_log_file();
+    stage.source.write(4);
+    let mut last = Value::Null;
+    wait_for("status to speak of the hole", SOON, || {
+        last = stage.a.instance("orders");
+        last["state"] == "archiving" && !last["problem"].is_null()
+    });
+    assert!(last["problem"]["hint"].as_str().is_some_and(|hint| hint.contains("keiki backup create")), "{last:#}");
+    let arguments = ["clone", "orders", "--to", "b", "--as", "latest", "--port", &free_port().to_string(), "--latest"];
+    let said = stage.a.keiki_fails(&arguments);
+    assert!(said.contains("keiki backup create orders"), "{said}");
+    let window = stage.a.json(&["window", "orders"]);
+    let moment = window["reaches"][0]["covered_until"].as_str().expect("a moment");
+    let clone = stage.clone_at("lost", free_port());
+    let port = clone.port.to_string();
+    stage.a.keiki_ok(&["clone", "orders", "--to", "b", "--as", "lost", "--port", &port, "--at", moment]);
+    assert_eq!(difference(&stage.source.contents_of(&clone), &wanted), Vec::<String>::new());
+    stage.b.keiki_ok(&["discard", "lost", "--yes"]);
+
+    stage.a.keiki_ok(&["backup", "create", "orders"]);
+    stage.source.end_log_file();
+    stage.source.write(5);
+    stage.wait_until_shipped();
+    let window = stage.a.json(&["window", "orders"]);
+    let count = |what: &str| window[what].as_array().unwrap().len();
+    assert_eq!((count("reaches"), count("holes")), (2, 1), "{window:#}");
+    stage.assert_latest_is_exact("whole");
+    assert_log_is_whole(&stage);
+    assert_nothing_held(&stage);
+}
+
 fn an_agent_or_a_server_killed_during_a_backup_leaves_nothing_and_the_next_backup_is_good<S: SourceServer>() {
     let mut stage = TwoHosts::<S>::of(Via::Directory);
     stage.source.fill(60);
@@ -265,6 +326,9 @@ fn an_agent_or_a_server_killed_during_a_backup_leaves_nothing_and_the_next_backu
             true => {
                 stage.source.kill9();
                 stage.source.launch();
+                if !S::KEEPS_DATA_WHEN_KILLED {
+                    stage.source.fill(60);
+                }
             }
             false => {
                 stage.a.kill_agent();

@@ -22,12 +22,14 @@ mod mariadb;
 mod mysql;
 mod postgres;
 mod redis;
+mod redis_stream;
 
 pub use super::mariadb::MariaServer;
 pub use super::mysql::MySqlServer;
 pub use super::postgres::TestServer;
 
 pub type RedisServer = redis::Server<redis::Redis7>;
+pub type RedisStreamServer = redis::Server<redis::Redis8Streamed>;
 pub type ValkeyServer = redis::Server<redis::Valkey9>;
 
 /// Makes a module of tests for each engine out of functions `fn promise<S: SourceServer>()`.
@@ -35,7 +37,7 @@ macro_rules! on_every_engine {
     ($($promise:ident),+ $(,)?) => {
         $crate::support::matrix::on_engines! {
             [postgres TestServer] [mariadb MariaServer] [mysql MySqlServer] [redis RedisServer] [valkey ValkeyServer]
-                : [$($promise)+]
+            [redis_stream RedisStreamServer] : [$($promise)+]
         }
     };
 }
@@ -76,6 +78,9 @@ pub trait SourceServer: Sized + 'static {
 
     /// How many log files the server may end while no agent looks without losing log.
     const ENDS_UNSEEN: u32;
+
+    /// Whether a server that was killed has everything that it ever acknowledged when it is started again.
+    const KEEPS_DATA_WHEN_KILLED: bool = true;
 
     /// Bytes written for each byte that is restored, by the agent, the clone's server and its tools together, until a
     /// clone that has nothing to replay can be accepted. The agent alone writes 1.02 at most.
@@ -160,6 +165,11 @@ pub trait SourceServer: Sized + 'static {
 
     /// Whether a file of the data directory comes and goes with the life of the server itself.
     fn is_own_business(path: &str) -> bool;
+
+    /// What there is of its log only because the agent holds it back until it is shipped.
+    fn held(&self) -> Vec<String> {
+        Vec::new()
+    }
 
     /// Whether a server could be started on this directory, however incomplete it is.
     fn is_startable(data_dir: &Path) -> bool;

@@ -1,19 +1,19 @@
-//! Redis 7 and Valkey 9 with an append-only file. The server deletes its log when it rewrites it; this row keeps each
-//! increment open, so that what was archived can be compared.
+//! Redis 7 and Valkey 9 with an append-only file, and Redis 8 without one (`redis_stream`). The server deletes its log when
+//! it rewrites it; this row keeps each increment open, so that what was archived can be compared.
 
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Read;
 use std::marker::PhantomData;
 use std::ops::Deref;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use keiki::base::random::random_u64;
 
-use super::{CloneAt, Contents, SourceServer, Writers, copy_tree};
+use super::{CloneAt, Contents, SourceServer, Writers, copy_tree, redis_stream};
 use crate::support::hosts::Lab;
 use crate::support::postgres::server_user;
 use crate::support::redis::{Client, Product, TestRedis};
@@ -25,6 +25,9 @@ pub trait Row: 'static {
     const PRODUCT: Product;
     /// As the configuration calls it.
     const ENGINE: &'static str;
+    const SETTINGS: &'static [(&'static str, &'static str)] = &[("auto-aof-rewrite-percentage", "0")];
+    /// Whether its log is what it sends to replicas.
+    const IS_STREAMED: bool = false;
 }
 
 pub struct Redis7;
@@ -41,6 +44,15 @@ impl Row for Valkey9 {
     const ENGINE: &'static str = "valkey";
 }
 
+pub struct Redis8Streamed;
+
+impl Row for Redis8Streamed {
+    const PRODUCT: Product = Product::Redis8;
+    const ENGINE: &'static str = "redis";
+    const SETTINGS: &'static [(&'static str, &'static str)] = &redis_stream::SETTINGS;
+    const IS_STREAMED: bool = true;
+}
+
 /// A server of this product.
 pub struct Server<R: Row>(TestRedis, PhantomData<R>);
 
@@ -52,22 +64,21 @@ impl<R: Row> Deref for Server<R> {
     }
 }
 
-const SETTINGS: [(&str, &str); 1] = [("auto-aof-rewrite-percentage", "0")];
-
 impl<R: Row> SourceServer for Server<R> {
     const ENGINE: &'static str = R::ENGINE;
-    // What is proved by counters of the server is one rewrite.
+    // What is proved by counters of the server is one rewrite; of its stream it remembers one former id.
     const ENDS_UNSEEN: u32 = 1;
+    const KEEPS_DATA_WHEN_KILLED: bool = !R::IS_STREAMED;
     const ALL_WRITES_PER_BYTE_LIMIT: f64 = 1.05;
 
     fn start(_lab: &Lab) -> Server<R> {
-        let server = TestRedis::start_of(R::PRODUCT, &SETTINGS);
+        let server = TestRedis::start_of(R::PRODUCT, R::SETTINGS);
         server.run(&["SET", "first", "1"]);
         Server(server, PhantomData)
     }
 
     fn copy(&self) -> Server<R> {
-        let copy = TestRedis::prepare_of(R::PRODUCT, &SETTINGS);
+        let copy = TestRedis::prepare_of(R::PRODUCT, R::SETTINGS);
         copy_tree(&self.data_dir, &copy.data_dir);
         Server(copy, PhantomData)
     }
@@ -81,9 +92,10 @@ impl<R: Row> SourceServer for Server<R> {
     }
 
     fn instance_section(&self, name: &str) -> String {
+        let log = if R::IS_STREAMED { "log = \"replication\"\n" } else { "" };
         format!(
             "[[instance]]\nname = \"{name}\"\nengine = \"{}\"\ndata_dir = \"{}\"\nsocket = \"{}\"\nrun_as = \"{}\"\n\
-             ship_every = \"1s\"\n",
+             ship_every = \"1s\"\n{log}",
             R::ENGINE,
             self.data_dir.display(),
             self.socket.display(),
@@ -142,6 +154,9 @@ impl<R: Row> SourceServer for Server<R> {
     }
 
     fn end_log_file(&self) {
+        if R::IS_STREAMED {
+            return redis_stream::end_log_file(self);
+        }
         keep_increments(self);
         self.rewrite();
         keep_increments(self);
@@ -164,7 +179,10 @@ impl<R: Row> SourceServer for Server<R> {
     }
 
     fn own_log(&self) -> Vec<Vec<u8>> {
-        keep_increments(self);
+        match R::IS_STREAMED {
+            true => redis_stream::keep_log_files(self),
+            false => keep_increments(self),
+        }
         let increments = self.increments.lock().unwrap();
         increments.values().map(whole).collect()
     }
@@ -197,8 +215,20 @@ impl<R: Row> SourceServer for Server<R> {
     }
 
     fn is_own_business(path: &str) -> bool {
-        // Links hold what is not shipped yet; what stays of them is looked at on its own.
-        path.starts_with(APPEND_DIR)
+        // What is not shipped yet is held there; what stays of it is looked at on its own.
+        path.starts_with(APPEND_DIR) || R::IS_STREAMED && path.starts_with(redis_stream::SPOOL_DIR)
+    }
+
+    fn held(&self) -> Vec<String> {
+        if R::IS_STREAMED {
+            return redis_stream::finished_files(self);
+        }
+        // Files that the server has deleted and that are there because of the agent alone.
+        let entries =
+            std::fs::read_dir(self.data_dir.join(APPEND_DIR).join("keiki-held")).into_iter().flatten().flatten();
+        let logs = entries.filter(|entry| entry.file_name().to_string_lossy().ends_with(".aof"));
+        let held = logs.filter(|log| log.metadata().is_ok_and(|metadata| metadata.nlink() == 1));
+        held.map(|log| log.path().display().to_string()).collect()
     }
 
     fn is_startable(data_dir: &Path) -> bool {
