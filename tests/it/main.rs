@@ -15,6 +15,7 @@ mod story_held;
 mod story_schedule;
 mod jobs_fake;
 mod mysql_clone;
+mod mysql_replica;
 mod story_killing;
 mod peers;
 mod postgres_backup;

@@ -72,6 +72,8 @@ pub mod fact {
     pub const GTID_CONSISTENCY: &str = "enforce_gtid_consistency";
     /// MySQL: tables that a backup has without their rows, separated by commas.
     pub const EMPTY_TABLES: &str = "empty_tables";
+    /// MySQL: how many replication channels the source had; missing if it was not told.
+    pub const CHANNELS: &str = "replication_channels";
 }
 
 /// Takes the backup: see [`crate::engine::Engine::back_up`].

@@ -9,6 +9,8 @@ use crate::error::Result;
 
 mod mysql_items;
 
+pub(super) use mysql_items::reset_channels;
+
 /// Settings of the source that point at its host or its replication, for the report.
 const SHOWN: [&str; 12] = [
     "bind_address",

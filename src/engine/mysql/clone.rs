@@ -319,8 +319,8 @@ impl CloneEngine for MySqlCloner {
 }
 
 impl MySqlCloner {
-    /// Ends the quarantine. The new life's binary log is begun by a server of MariaDB that is still closed, so that its first
-    /// event says where the life begins; only then is it started as what it is from now on. MySQL knows that by itself.
+    /// Ends the quarantine. The new life's binary log is begun by a server that is still closed; only when it says where the
+    /// life begins is it started as what it is from now on.
     async fn open(&self, grounds: &Grounds, site: &CloneSite, cancel: &CancellationToken) -> Result<()> {
         if !recovery::is_handed_over(&site.run_dir)? {
             let session = self.quarantined(grounds, site).await?;
@@ -330,16 +330,9 @@ impl MySqlCloner {
             recovery::remove_relay_logs(&site.data_dir)?;
             let options = option_file::render_instance(site, &grounds.server);
             write_owned(&grounds.server.user, &site.data_dir.join(OPTION_FILE), options.as_bytes())?;
-            if self.product == Product::MariaDb {
-                begin_new_log(grounds, site, &state, cancel).await?;
-            }
+            self.begin_new_log(grounds, site, &state, cancel).await?;
             make_durable(site).await?;
             recovery::mark_handed_over(&site.run_dir)?;
-            if self.product == Product::MySql {
-                let options = site.data_dir.join(OPTION_FILE);
-                let process = grounds.server.start(&[format!("--defaults-file={}", options.display())])?;
-                require_log_state(&grounds.wait_until_ready(process, cancel).await?, &state).await?;
-            }
         }
         if running_in(&site.data_dir).is_none() {
             let options = site.data_dir.join(OPTION_FILE);
@@ -348,27 +341,40 @@ impl MySqlCloner {
         }
         Ok(())
     }
+
+    /// Starts the server with its own options but without a network, makes sure that its empty binary log begins with the
+    /// state that replay ended with, and stops it. May be repeated.
+    async fn begin_new_log(
+        &self,
+        grounds: &Grounds,
+        site: &CloneSite,
+        state: &str,
+        cancel: &CancellationToken,
+    ) -> Result<()> {
+        let options = site.data_dir.join(OPTION_FILE);
+        let arguments = [
+            format!("--defaults-file={}", options.display()),
+            "--skip-networking".to_string(),
+            "--event-scheduler=OFF".to_string(),
+        ];
+        let process = grounds.server.start(&arguments)?;
+        let session = grounds.wait_until_ready(process, cancel).await?;
+        match self.product {
+            Product::MariaDb => give_log_state(&session, state).await?,
+            Product::MySql => require_log_state(&session, state).await?,
+        }
+        drop(session);
+        grounds.server.stop_cleanly(cancel).await
+    }
 }
 
-/// MariaDB: starts the server with its own options but without a network, gives its empty binary log the state that replay
-/// ended with, and stops it. May be repeated.
-async fn begin_new_log(grounds: &Grounds, site: &CloneSite, state: &str, cancel: &CancellationToken) -> Result<()> {
-    let options = site.data_dir.join(OPTION_FILE);
-    let arguments = [
-        format!("--defaults-file={}", options.display()),
-        "--skip-networking".to_string(),
-        "--event-scheduler=OFF".to_string(),
-    ];
-    let process = grounds.server.start(&arguments)?;
-    let session = grounds.wait_until_ready(process, cancel).await?;
+async fn give_log_state(session: &Session, state: &str) -> Result<()> {
     session.execute("RESET MASTER").await?;
     if !state.is_empty() {
         session.execute(&format!("SET GLOBAL gtid_binlog_state = {}", quoted(state))).await?;
     }
     // The state is written into the first event of the next file only.
-    session.execute("FLUSH BINARY LOGS").await?;
-    drop(session);
-    grounds.server.stop_cleanly(cancel).await
+    session.execute("FLUSH BINARY LOGS").await
 }
 
 /// MySQL keeps what was replayed in a table of its own (`mysql.gtid_executed`), and counts it as purged from a log that

@@ -172,6 +172,14 @@ impl Product {
         }
     }
 
+    /// Which tables a backup has without their rows, for messages.
+    pub fn comes_empty(self) -> &'static str {
+        match self {
+            Product::MariaDb => "tables of the engine MEMORY come without rows",
+            Product::MySql => "tables that are not InnoDB come without rows",
+        }
+    }
+
     /// The product that an engine of this kind is. `Internal` for other kinds.
     pub fn of_kind(kind: EngineKind) -> Result<Product> {
         match kind {

@@ -46,6 +46,8 @@ pub use state::{forget, is_handed_over, mark_durable, mark_handed_over, require_
 const STOP_LIMIT: Duration = Duration::from_secs(600);
 /// For a server that holds what was recovered already: see `outlive_the_server`.
 pub const OUTLIVING: &str = "--innodb-flush-log-at-trx-commit=2";
+/// The number of the error ER_KEY_NOT_FOUND, of both products.
+const ROW_NOT_FOUND: &str = "1032";
 /// More workers than this wait for each other.
 const WORKERS_MAX: usize = 16;
 
@@ -185,15 +187,16 @@ impl Goal<'_> {
             self.grounds.server.require_alive(process)?;
             let status = session.query(words.status).await?;
             if status.first(words.running) != Some("Yes") {
-                return Err(self.applier_stopped(status.first("Last_SQL_Error").unwrap_or("it says nothing")));
+                return Err(self.applier_stopped(status.first("Last_SQL_Error"), status.first("Last_SQL_Errno")));
             }
             let applied = status.first("Relay_Log_File").zip(status.first("Relay_Log_Pos"));
-            let bytes = applied.and_then(|(name, offset)| batch.applied_bytes(name, offset));
-            if let Some(bytes) = bytes {
-                self.progress.set(done + bytes, total.max(done + bytes));
+            let place = applied.and_then(|(name, offset)| batch.place(name, offset));
+            if let Some(place) = place {
+                let bytes = done + batch.bytes_before(place);
+                self.progress.set(bytes, total.max(bytes));
             }
             // A state that knows no names says nothing about transactions without one: their place does.
-            let is_there = batch.nameless == 0 || bytes.is_some_and(|bytes| bytes >= batch.bytes_to_end);
+            let is_there = batch.nameless == 0 || place.is_some_and(|place| place >= batch.end_at);
             if is_there && self.has_all(&state_of(&session).await?, &batch.end_state) {
                 break;
             }
@@ -217,9 +220,18 @@ impl Goal<'_> {
         }
     }
 
-    fn applier_stopped(&self, said: &str) -> Error {
-        Error::new(Kind::Server, format!("the server stopped applying the log: {said}"))
-            .hint(format!("the whole log is '{}'", self.grounds.server.log_file.display()))
+    fn applier_stopped(&self, said: Option<&str>, number: Option<&str>) -> Error {
+        let log = self.grounds.server.log_file.display();
+        let hint = match number == Some(ROW_NOT_FOUND) {
+            true => format!(
+                "the copy lacks a row that the log changes: {}; clone to a backup, which replays nothing, or convert the \
+                 table to InnoDB on the source and take a new backup; the whole log is '{log}'",
+                self.grounds.product.comes_empty()
+            ),
+            false => format!("the whole log is '{log}'"),
+        };
+        let said = said.unwrap_or("it says nothing");
+        Error::new(Kind::Server, format!("the server stopped applying the log: {said}")).hint(hint)
     }
 
     /// Asks the server what it has become.

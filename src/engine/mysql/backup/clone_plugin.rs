@@ -289,7 +289,7 @@ pub(in crate::engine::mysql) async fn tables_left_empty(session: &Session) -> Re
     let rows = session
         .query(
             "SELECT CONCAT(TABLE_SCHEMA, '.', TABLE_NAME) FROM information_schema.TABLES WHERE TABLE_TYPE = 'BASE \
-             TABLE' AND ENGINE NOT IN ('InnoDB', 'MEMORY', 'BLACKHOLE', 'PERFORMANCE_SCHEMA') AND TABLE_SCHEMA NOT IN \
+             TABLE' AND ENGINE NOT IN ('InnoDB', 'BLACKHOLE', 'PERFORMANCE_SCHEMA') AND TABLE_SCHEMA NOT IN \
              ('mysql', 'information_schema', 'performance_schema', 'sys') ORDER BY 1",
         )
         .await?;
@@ -305,6 +305,10 @@ async fn collect_facts(engine: &MySqlEngine, session: &Session) -> Result<BTreeM
         facts.extend(rows.first(column).map(|value| (key.to_string(), value.to_string())));
     }
     facts.insert(fact::PLUGINS.to_string(), plugin_facts(session).await?);
+    // A privilege of its own, which a server that is no replica need not give.
+    if let Ok(channels) = session.query("SHOW REPLICA STATUS").await {
+        facts.insert(fact::CHANNELS.to_string(), channels.rows.len().to_string());
+    }
     facts.insert(fact::EMPTY_TABLES.to_string(), tables_left_empty(session).await?.join(","));
     let identity = crate::engine::mysql::source::identify(engine).await?;
     facts.insert(fact::SYSTEM_ID.to_string(), identity.system_id);

@@ -11,18 +11,13 @@ use crate::error::Result;
 pub(super) async fn clean_up(session: &Session, site: &CloneSite) -> Result<Vec<CleanUpItem>> {
     let mut items = Vec::new();
     let mut done = |what: &str, done: String| items.push(CleanUpItem { what: what.to_string(), done });
-    let channels = names(session, "SELECT CHANNEL_NAME FROM mysql.slave_master_info").await?;
-    for channel in &channels {
-        session.execute(&format!("STOP REPLICA FOR CHANNEL {}", quoted(channel))).await?;
-        session.execute(&format!("RESET REPLICA ALL FOR CHANNEL {}", quoted(channel))).await?;
-    }
-    session.execute("STOP REPLICA").await?;
-    session.execute("RESET REPLICA ALL").await?;
+    reset_channels(session).await?;
     done(
         "replication",
-        match channels.len() {
-            0 => "none was configured".to_string(),
-            count => format!("{count} channel(s) to sources removed, with their relay logs"),
+        match site.facts.get(fact::CHANNELS).map(String::as_str) {
+            Some("0") => "none was configured".to_string(),
+            Some(count) => format!("{count} channel(s) to sources removed, with their relay logs"),
+            None => "none is configured".to_string(),
         },
     );
     // Events that were made while the log was replayed are marked as those of a replication source.
@@ -89,6 +84,16 @@ pub(super) async fn clean_up(session: &Session, site: &CloneSite) -> Result<Vec<
         );
     }
     Ok(items)
+}
+
+/// Forgets all that is replicated, and removes the relay logs.
+pub(in crate::engine::mysql) async fn reset_channels(session: &Session) -> Result<()> {
+    for channel in names(session, "SELECT CHANNEL_NAME FROM mysql.slave_master_info").await? {
+        session.execute(&format!("STOP REPLICA FOR CHANNEL {}", quoted(&channel))).await?;
+        session.execute(&format!("RESET REPLICA ALL FOR CHANNEL {}", quoted(&channel))).await?;
+    }
+    session.execute("STOP REPLICA").await?;
+    session.execute("RESET REPLICA ALL").await
 }
 
 /// The first column of an answer.

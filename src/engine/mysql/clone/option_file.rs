@@ -159,6 +159,10 @@ pub fn render_instance(site: &CloneSite, server: &Server) -> String {
         Product::MariaDb => "skip_slave_start = ON\n",
         Product::MySql => "skip_replica_start = ON\n",
     };
+    // MySQL runs events unless it is told not to. Those of a copy are the source's work.
+    if !site.settings.keys().any(|name| name.replace('-', "_").eq_ignore_ascii_case("event_scheduler")) {
+        text += "event_scheduler = OFF\n";
+    }
     if server.program.product == Product::MariaDb && !site.settings.contains_key("binlog_format") {
         text += "binlog_format = ROW\n";
     }

@@ -7,6 +7,7 @@ use super::{Goal, stage_again, state_of, wrong};
 use crate::base::bulk::run_blocking;
 use crate::base::child::ChildCommand;
 use crate::engine::mysql::backup::fact;
+use crate::engine::mysql::clean_up::reset_channels;
 use crate::engine::mysql::clone::{STAGED_DIR, move_up};
 use crate::engine::mysql::geometry::server_log_number;
 use crate::engine::mysql::ondisk::backup_info::{BINLOG_INFO, BinlogInfo, CHECKPOINTS};
@@ -30,10 +31,26 @@ impl Goal<'_> {
         }
         let data_dir = self.site.data_dir.clone();
         run_blocking("move up", move || move_up(product, &data_dir)).await?;
-        match self.site.data_dir.join(product.last_entry()).exists() {
-            true => Ok(()),
-            false => Err(stage_again("it has no system tables")),
+        if !self.site.data_dir.join(product.last_entry()).exists() {
+            return Err(stage_again("it has no system tables"));
         }
+        match product {
+            Product::MariaDb => Ok(()),
+            Product::MySql => self.forget_channels().await,
+        }
+    }
+
+    /// MySQL keeps in tables what it replicates, so a copy of a replica has that, too. Its relay logs are not there: until the
+    /// channels are forgotten the server refuses any other ("replica failed to initialize applier metadata", error 1872).
+    /// Forgetting them removes relay logs, so it comes before any are placed.
+    async fn forget_channels(&self) -> Result<()> {
+        if self.site.facts.get(fact::CHANNELS).is_some_and(|count| count == "0") {
+            return Ok(());
+        }
+        let (_, session) = self.grounds.start_quarantined(self.site, &[], self.cancel).await?;
+        reset_channels(&session).await?;
+        drop(session);
+        self.grounds.server.stop_cleanly(self.cancel).await
     }
 
     async fn prepare_copy(&self) -> Result<()> {

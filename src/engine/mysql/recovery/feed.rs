@@ -78,18 +78,23 @@ pub struct Batch {
     pub transactions: u64,
     /// How many of them have no name, so that the state does not show them.
     pub nameless: u64,
-    /// How many bytes lie before the end of the last transaction.
-    pub bytes_to_end: u64,
+    /// Which of the files has the end of the last transaction, and where in it.
+    pub end_at: (usize, u64),
     /// The state behind the last transaction.
     pub end_state: LogState,
 }
 
 impl Batch {
-    /// How much was applied when the server says that it is here; nothing if it names another file.
-    pub fn applied_bytes(&self, name: &str, offset: &str) -> Option<u64> {
+    /// Which of the files the server is in, and where, by what it says; nothing if it names another one.
+    pub fn place(&self, name: &str, offset: &str) -> Option<(usize, u64)> {
         let at = self.files.iter().position(|file| file.name == name.rsplit('/').next().unwrap_or(name))?;
-        let before: u64 = self.files[..at].iter().map(|file| file.bytes).sum();
-        Some((before + offset.parse::<u64>().ok()?).saturating_sub(self.files[0].start))
+        Some((at, offset.parse().ok()?))
+    }
+
+    /// How many of its bytes lie before a place.
+    pub fn bytes_before(&self, (at, offset): (usize, u64)) -> u64 {
+        let before: u64 = self.files[..at].iter().map(|file| file.bytes.saturating_sub(file.start)).sum();
+        before + self.files.get(at).map_or(0, |file| offset.saturating_sub(file.start))
     }
 }
 
@@ -272,7 +277,7 @@ impl Feed {
             bytes: 0,
             transactions: self.cutter.transactions,
             nameless: self.cutter.nameless,
-            bytes_to_end: 0,
+            end_at: (0, 0),
             end_state: self.cutter.end.state.clone(),
         };
         let limit = if self.batches == 1 { FIRST_BATCH_BYTES } else { BATCH_BYTES };
@@ -284,7 +289,8 @@ impl Feed {
             };
             let placed = self.place_file(&name, bytes, &batch, user, cancel).await?;
             if self.cutter.end.number == self.number {
-                batch.bytes_to_end = batch.bytes + self.cutter.end.offset.saturating_sub(self.offset);
+                let replayed = self.cutter.end.offset.saturating_sub(self.offset.max(FIRST_EVENT_AT));
+                batch.end_at = (batch.files.len(), placed.start + replayed);
             }
             batch.bytes += placed.bytes.saturating_sub(placed.start);
             batch.files.push(placed);
@@ -481,4 +487,35 @@ pub fn remove_relay_logs(data_dir: &Path) -> Result<()> {
 fn before_backup(what: &str, stop: Position) -> Error {
     Error::new(Kind::BadInput, format!("{what} lies before the end of the base backup at '{stop}'"))
         .hint("choose a later target, or an earlier backup; 'keiki backup list' shows them")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_batch_is_applied_when_the_server_stands_behind_the_last_transaction_whatever_lies_between_the_files() {
+        let file = |name: &str, bytes, start| Placed { name: name.to_string(), bytes, start };
+        let batch = Batch {
+            base: "keiki-relay-2".to_string(),
+            files: vec![file("r.000001", 1000, 400), file("r.000002", 126, 4), file("r.000003", 300, 4)],
+            first_number: 7,
+            first_offset: 400,
+            bytes: 600 + 122 + 296,
+            transactions: 3,
+            nameless: 3,
+            end_at: (2, 290),
+            end_state: Product::MySql.parse_state("").unwrap(),
+        };
+        let at = |name: &str, offset: &str| batch.place(name, offset).unwrap();
+        for (name, offset) in [("./r.000001", "1000"), ("./r.000002", "126"), ("r.000003", "4"), ("r.000003", "289")] {
+            assert!(at(name, offset) < batch.end_at, "{name} {offset}");
+        }
+        assert!(at("./r.000003", "290") >= batch.end_at && at("./r.000003", "300") >= batch.end_at);
+        assert_eq!(
+            [at("r.000001", "400"), at("r.000002", "4"), at("r.000003", "300")].map(|p| batch.bytes_before(p)),
+            [0, 600, batch.bytes]
+        );
+        assert_eq!(batch.place("other.000001", "4"), None);
+    }
 }
