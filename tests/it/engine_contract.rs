@@ -146,7 +146,7 @@ async fn take_base(
 /// The whole log of the subject as it was at one moment.
 #[derive(Default)]
 pub struct MemoryLog {
-    files: BTreeMap<String, Vec<u8>>,
+    pub files: BTreeMap<String, Vec<u8>>,
     /// Cancels a replay at its first read.
     cancels: Option<CancellationToken>,
 }

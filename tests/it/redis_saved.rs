@@ -89,6 +89,48 @@ async fn a_snapshot_that_was_saved_becomes_a_backup_from_which_the_stream_goes_o
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_follows_a_saved_snapshot_stays_in_its_database_over_many_files() {
+    let server = TestRedis::start(&STREAMED);
+    let streamed = || {
+        let mut source = server.source("orders");
+        source.log = LogKind::ReplicationStream;
+        std::sync::Arc::new(keiki::engine::redis::RedisEngine::new(source))
+    };
+    // Somebody has followed the stream when it was last in another database, and nobody has its files any more.
+    let first = streamed();
+    first.list_log(None).await.unwrap();
+    let mut client = server.client();
+    client.run(&["SELECT", "3"]);
+    client.run(&["SET", "elsewhere", "before"]);
+    first.detach().await.unwrap();
+    drop(first);
+    let engine = streamed();
+    let subject = RedisSubject { engine: engine.clone(), server };
+    engine.list_log(None).await.unwrap();
+    assert!(!engine.has_saved().await.unwrap());
+    client.run(&["SET", "elsewhere", "in the snapshot"]);
+    save(&subject.server);
+    // More than one file takes.
+    for _ in 0..9 {
+        client.run(&["SET", "filler", &"x".repeat(8 << 20)]);
+        engine.list_log(None).await.unwrap();
+    }
+    client.run(&["SET", "elsewhere", "behind"]);
+    let log = MemoryLog::of(&subject).await;
+    assert!(log.files.len() > 1, "{} files", log.files.len());
+    let says_select = |bytes: &Vec<u8>| bytes.windows(6).any(|word| word == b"SELECT");
+    assert!(!log.files.values().any(says_select), "otherwise this proves nothing");
+    let base = back_up_cheaply(&subject).await.unwrap();
+    let grown = Grown::stage(&subject, &base).await;
+    grown.recover(&Target::Latest, log).await.unwrap();
+    let mut clone = Client::open(&grown.site.run_dir.join("redis.sock"));
+    assert_eq!(clone.run(&["DBSIZE"]).number(), 0);
+    clone.run(&["SELECT", "3"]);
+    assert_eq!(clone.run(&["GET", "elsewhere"]), Answer::text("behind"));
+    grown.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_rewrite_of_the_append_only_file_is_noticed_until_a_backup_has_taken_its_base() {
     let server = TestRedis::start(&[]);
     let engine = std::sync::Arc::new(keiki::engine::redis::RedisEngine::new(server.source("orders")));

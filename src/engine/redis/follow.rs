@@ -173,7 +173,10 @@ impl Follower {
     /// there on.
     pub(super) async fn locate(&self, history: &str, offset: u64) -> Result<(Position, Timestamp)> {
         self.wait_for(history, offset).await?;
-        let located = self.shared.with_spool(move |spool| Ok((spool.locate(offset)?, spool.received_before())));
+        // The stream may begin anew at any time: whether it still is that history is looked at together with the offset.
+        let history = history.to_string();
+        let located =
+            self.shared.with_spool(move |spool| Ok((spool.locate(&history, offset)?, spool.received_before())));
         let (position, unix_millis) = located.await?;
         // What was received by now was received before, even if it lies in a file that is finished.
         let now = Timestamp::now();

@@ -158,7 +158,9 @@ struct Assembly {
     base: ManifestPart,
     base_bytes: u64,
     increments: Vec<ManifestPart>,
-    /// What the first increment begins with, before the log.
+    /// What each increment begins with, before the log. A server begins to load each file in database 0, and a file of the
+    /// stream says in which it is only if the stream has said so since the agent began to follow it. Where it has, the
+    /// file's own SELECT follows and counts.
     preamble: Vec<u8>,
     end: Position,
     times: Times,
@@ -246,7 +248,7 @@ impl Assembly {
             let (path, user) = (path.clone(), self.user.clone());
             run_blocking("make increment", move || make_file(&path, &user)).await?
         };
-        let preamble = std::mem::take(&mut self.preamble);
+        let preamble = self.preamble.clone();
         let head_bytes = preamble.len() as u64;
         if !preamble.is_empty() {
             let shown = path.clone();

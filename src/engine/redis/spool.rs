@@ -112,15 +112,25 @@ impl Spool {
         let mut walker = AofWalker::new(0);
         let (mut last, mut began_at) = (None, None);
         let (mut received_at, mut executed_at) = (0, 0);
-        walk_file(&file, &mut walker, boundary, &path, |mark| match mark {
-            Mark::Received { end, unix_millis, stream_offset, .. } => {
-                (last, received_at) = (Some((end, stream_offset)), unix_millis);
-                began_at.get_or_insert(unix_millis);
+        let mut marks = VecDeque::new();
+        walk_file(&file, &mut walker, boundary, &path, |mark| {
+            let (end, stream_offset) = match mark {
+                Mark::Received { end, unix_millis, stream_offset, .. } => {
+                    received_at = unix_millis;
+                    began_at.get_or_insert(unix_millis);
+                    (end, stream_offset)
+                }
+                Mark::Executed { end, unix_millis, stream_offset, .. } => {
+                    executed_at = unix_millis;
+                    (end, stream_offset)
+                }
+                Mark::Second { .. } | Mark::Boundary { .. } => return,
+            };
+            last = Some((end, stream_offset));
+            if marks.len() == MARKS_KEPT {
+                marks.pop_front();
             }
-            Mark::Executed { end, unix_millis, stream_offset, .. } => {
-                (last, executed_at) = (Some((end, stream_offset)), unix_millis);
-            }
-            _ => {}
+            marks.push_back((stream_offset, Position::File { number, offset: end }));
         })?;
         let (Some((end, offset)), Some(history)) = (last, walker.history().map(str::to_string)) else {
             return Ok(None);
@@ -128,6 +138,7 @@ impl Spool {
         let offset = offset.saturating_add(boundary.saturating_sub(end));
         let wanted = walker.changed();
         let place = Place { history, offset };
+        self.marks = marks;
         Ok(Some(OpenFile {
             file,
             path,
@@ -155,10 +166,17 @@ impl Spool {
         self.marks.clear();
         let number = match self.paths()?.last() {
             Some((last, path)) => {
-                // Of a command that was not received to its end nothing stays.
-                if let Some(open) = self.open.take() {
-                    open.file.set_len(open.walker.boundary()).context(|| format!("cannot cut '{}'", path.display()))?;
-                }
+                let what = || format!("cannot end '{}'", path.display());
+                let file = match self.open.take() {
+                    Some(open) => {
+                        // Of a command that was not received to its end nothing stays.
+                        open.file.set_len(open.walker.boundary()).context(what)?;
+                        open.file
+                    }
+                    None => File::open(path).context(what)?,
+                };
+                // From now on it is said to be finished, which includes that it is durable.
+                file.sync_all().context(what)?;
                 last.saturating_add(2).max(unix_seconds)
             }
             None => unix_seconds,
@@ -260,13 +278,16 @@ impl Spool {
         Ok(())
     }
 
-    /// The place of an offset of the stream, which must have been received, and makes it worth shipping. `NotFound` if it
-    /// is too long ago.
-    pub fn locate(&mut self, stream_offset: u64) -> Result<Position> {
-        let after = self.marks.partition_point(|(offset, _)| *offset <= stream_offset);
-        let mark = after.checked_sub(1).and_then(|index| self.marks.get(index));
+    /// The place of an offset of the stream in a history, which must have been received, and makes it worth shipping.
+    /// `NotFound` if it is too long ago, or if the stream has begun anew in another history since.
+    pub fn locate(&mut self, history: &str, stream_offset: u64) -> Result<Position> {
         let missing =
             || Error::new(Kind::NotFound, format!("offset {stream_offset} of the replication stream is not known"));
+        if self.place().is_none_or(|place| place.history != history) {
+            return Err(missing());
+        }
+        let after = self.marks.partition_point(|(offset, _)| *offset <= stream_offset);
+        let mark = after.checked_sub(1).and_then(|index| self.marks.get(index));
         let (offset, position) = mark.ok_or_else(missing)?;
         let (number, at) = position.file()?;
         let at = at.saturating_add(stream_offset - offset);

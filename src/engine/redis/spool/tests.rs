@@ -53,7 +53,7 @@ fn the_stream_stands_in_the_file_byte_for_byte_however_it_arrives() {
         for (offset, rest) in
             [(0, SELECT_3), (SELECT_3.len(), SET), (SELECT_3.len() + SET.len() + PING.len(), "*1\r\n$5")]
         {
-            let (_, at) = spool.locate(1000 + offset as u64).unwrap().file().unwrap();
+            let (_, at) = spool.locate(ID, 1000 + offset as u64).unwrap().file().unwrap();
             let behind: String =
                 text[at as usize..].split_inclusive("\r\n").filter(|line| !line.starts_with('#')).collect();
             assert!(behind.starts_with(rest), "offset {offset}: {behind:?}");
@@ -213,7 +213,7 @@ fn a_backup_in_the_middle_of_what_came_at_once_shows_no_moment_before_that() {
     let mut spool = begun(dir.path());
     let came_at = 50_000_700;
     spool.append(came_at, [SET, SET, SET].concat().as_bytes()).unwrap();
-    let (_, from) = spool.locate(1000 + SET.len() as u64).unwrap().file().unwrap();
+    let (_, from) = spool.locate(ID, 1000 + SET.len() as u64).unwrap().file().unwrap();
     let first_moment = spool.received_before();
     spool.append(came_at + 5, SET.as_bytes()).unwrap();
     let log = std::fs::read(spool.path(50_000)).unwrap();
@@ -238,8 +238,31 @@ fn an_offset_of_another_history_is_not_looked_for_in_the_old_one() {
     let other = Place { history: "b".repeat(40), offset: 0 };
     spool.begin_anew(other, 60_000_000).unwrap();
     spool.append(60_000_001, SET.as_bytes()).unwrap();
-    let (number, at) = spool.locate(SET.len() as u64).unwrap().file().unwrap();
+    let other = "b".repeat(40);
+    let (number, at) = spool.locate(&other, SET.len() as u64).unwrap().file().unwrap();
     let text = std::fs::read_to_string(spool.path(number)).unwrap();
     assert_eq!((number, &text[at as usize - SET.len()..at as usize]), (60_000, SET));
-    assert_eq!(spool.locate(1000 + SET.len() as u64 * 30).unwrap_err().kind(), Kind::Server);
+    assert_eq!(spool.locate(&other, 1000 + SET.len() as u64 * 30).unwrap_err().kind(), Kind::Server);
+    // Whoever waited for the old one is not told a place in the new one.
+    assert_eq!(spool.locate(ID, SET.len() as u64).unwrap_err().kind(), Kind::NotFound);
+}
+
+#[test]
+fn an_agent_that_was_restarted_knows_the_places_that_it_knew_before() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut first = begun(dir.path());
+    let end = |count: u64| 1000 + SET.len() as u64 * count;
+    for count in 1..4 {
+        first.append(50_000_000 + count as i64, SET.as_bytes()).unwrap();
+        first.note_executed(50_000_500 + count as i64, end(count)).unwrap();
+    }
+    let place_now = first.place().unwrap().offset;
+    let offsets = [1000, end(1), end(2), end(3)];
+    let before = offsets.map(|offset| first.locate(ID, offset).unwrap());
+    drop(first);
+    // Nothing has come since: a backup of a quiet server begins where the stream stands.
+    let mut again = spool(dir.path());
+    assert_eq!(again.place().unwrap().offset, place_now);
+    assert_eq!(offsets.map(|offset| again.locate(ID, offset).unwrap()), before);
+    assert_eq!(again.locate(ID, 999).unwrap_err().kind(), Kind::NotFound);
 }
