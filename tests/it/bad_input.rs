@@ -17,6 +17,7 @@ mod configuration;
 mod damage;
 mod mask;
 mod messages;
+mod mysql;
 mod place;
 mod redis;
 mod strangers;

@@ -36,7 +36,7 @@ pub async fn check_target(
         Product::MySql => mysql_items(site, target),
     };
     items.extend(layout_items(site));
-    items.extend(statement_item(site, target));
+    items.extend(statement_item(product, site, target));
     let version = version_of(site)?;
     let bin_dir = site.bin_dir.as_deref().or(default_bin_dir);
     let server: (&str, &[&str]) = ("server program", product.server_programs());
@@ -125,15 +125,21 @@ fn layout_items(site: &CloneSite) -> Vec<CheckItem> {
 }
 
 /// A replayed statement need not do what it did on the source.
-fn statement_item(site: &CloneSite, target: &Target) -> Option<CheckItem> {
-    let is_statement = site.facts.get(&format!("{SETTING_FACT_PREFIX}binlog_format"))? == "STATEMENT";
-    (is_statement && !matches!(target, Target::Backup(_))).then(|| {
-        CheckItem::warn(
-            "log format",
-            "STATEMENT when the backup was taken: a replayed statement may do something else than it did on the source",
-            "clone to a backup, which replays nothing; 'SET GLOBAL binlog_format = ROW' on the source, and take a new one",
-        )
-    })
+fn statement_item(product: Product, site: &CloneSite, target: &Target) -> Option<CheckItem> {
+    if site.facts.get(&format!("{SETTING_FACT_PREFIX}binlog_format"))? != "STATEMENT" {
+        return None;
+    }
+    let hint = match (product, target) {
+        (Product::MariaDb, Target::Backup(_)) => return None,
+        (Product::MariaDb, _) => {
+            "clone to a backup, which replays nothing; 'SET GLOBAL binlog_format = ROW' on the source, and take a new one"
+        }
+        // A copy becomes exact by what was logged while it was made.
+        (Product::MySql, _) => "'SET GLOBAL binlog_format = ROW' on the source, and take a new backup",
+    };
+    let found =
+        "STATEMENT when the backup was taken: a replayed statement may do something else than it did on the source";
+    Some(CheckItem::warn("log format", found, hint))
 }
 
 /// The libraries of the source's plugins. Where this host keeps them is not known if none of the usual places exists.

@@ -91,8 +91,8 @@ fn begins_again(open: u64, after: u64) -> Error {
         format!("the binary log begins again: the server writes file {open}, and file {after} was shipped as finished"),
     )
     .hint(
-        "was RESET MASTER run, 'log_bin' renamed, or the data directory set back? its old archive stays as it is: give \
-         the instance another name in the configuration, and take a backup",
+        "was the log reset ('RESET MASTER', 'RESET BINARY LOGS AND GTIDS'), 'log_bin' renamed, or the data directory set \
+         back? its old archive stays as it is: give the instance another name in the configuration, and take a backup",
     )
 }
 

@@ -87,7 +87,7 @@ fn walker_at(file: &File, number: u64, inode: (u64, u64), from: u64, kept: &Mute
         return Ok(walker.resumed_at(from));
     }
     Err(Error::new(Kind::Conflict, format!("no event begins at byte {from}, up to which it was shipped"))
-        .hint("was RESET MASTER run, or was the data directory set back? the archive keeps what it has"))
+        .hint("was the log reset, or was the data directory set back? the archive keeps what it has"))
 }
 
 struct BinlogRead {

@@ -58,9 +58,10 @@ pub fn choose(
         Target::Position(position) => ask.at_position(*position, oldest, newest),
         Target::Transaction { .. } => match named_at {
             Some(position) => ask.at_position(position, oldest, newest),
-            None => Err(ask
-                .refuse("no transaction with that id is in its log")
-                .hint("ids are as in '0-5-2257'; 'keiki window' shows how far back the log goes")),
+            None => Err(ask.refuse("no transaction with that id is in its log").hint(
+                "ids are as in '0-5-2257' (MariaDB) or 'UUID:2257' (MySQL with 'gtid_mode = ON'); 'keiki window' \
+                     shows how far back the log goes",
+            )),
         },
         Target::Name(_) => match named_at {
             Some(Position::Wal { lsn, .. }) => ask.at_lsn(lsn, oldest, newest),

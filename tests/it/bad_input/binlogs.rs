@@ -1,17 +1,83 @@
-//! What is wrong with a MariaDB server as a source or with a host as a target of its clones, and what happens to binary
-//! logs before they are shipped: purged, damaged, encrypted, begun again, of another server.
+//! What is wrong with a MariaDB server as a source or with a host as a target of its clones, and, with MySQL alike, what
+//! happens to binary logs before they are shipped: purged, damaged, encrypted, begun again, of another server.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use keiki::engine::mysql::session::{Endpoint, Session};
+
 use super::super::support::hosts::{Host, HostOptions, Lab, free_port, wait_for};
 use super::super::support::mariadb::{MariaServer, Release};
+use super::super::support::matrix::SourceServer;
+use super::super::support::mysql::MySqlServer;
 use super::super::support::postgres::server_user;
 use super::super::support::two_hosts::{SOON, wait_until_shipped, wait_until_state};
 use super::{Mask, Said, assert_unchanged, standing};
 
+/// A server with a binary log.
+trait BinlogServer: SourceServer {
+    /// Removes all logs and begins again.
+    const RESET: &'static str;
+
+    /// One that has no tables yet.
+    async fn begin() -> Self;
+
+    fn endpoint(&self) -> Endpoint;
+
+    /// Makes the bytes of a log file look like those that a server writes which encrypts its log.
+    fn look_encrypted(bytes: &mut [u8]);
+
+    /// Listens where another server did.
+    fn take_over(&mut self, other: &Self);
+}
+
+impl BinlogServer for MariaServer {
+    const RESET: &'static str = "RESET MASTER";
+
+    async fn begin() -> MariaServer {
+        MariaServer::start(&[])
+    }
+
+    fn endpoint(&self) -> Endpoint {
+        MariaServer::endpoint(self)
+    }
+
+    /// What a server with encrypt_binlog writes into a new file behind the description of its format (log_event.h:
+    /// START_ENCRYPTION_EVENT is 164); the library that encrypts is not among the packages that tests need.
+    fn look_encrypted(bytes: &mut [u8]) {
+        let second_event = 4 + u32::from_le_bytes(bytes[13..17].try_into().unwrap()) as usize;
+        assert_eq!(bytes[second_event + 4], 163, "a list of GTIDs");
+        bytes[second_event + 4] = 164;
+    }
+
+    fn take_over(&mut self, other: &MariaServer) {
+        self.socket = other.socket.clone();
+    }
+}
+
+impl BinlogServer for MySqlServer {
+    const RESET: &'static str = "RESET BINARY LOGS AND GTIDS";
+
+    async fn begin() -> MySqlServer {
+        MySqlServer::start(&[]).await
+    }
+
+    fn endpoint(&self) -> Endpoint {
+        MySqlServer::endpoint(self)
+    }
+
+    /// `sql/rpl_log_encryption.h`: kMagic.
+    fn look_encrypted(bytes: &mut [u8]) {
+        bytes[0] = 0xfd;
+    }
+
+    fn take_over(&mut self, other: &MySqlServer) {
+        self.socket = other.socket.clone();
+    }
+}
+
 /// A host that ships into the directory `repository` of the lab.
-fn host_with(lab: &Lab, name: &str, sections: String) -> Host {
+pub(super) fn host_with(lab: &Lab, name: &str, sections: String) -> Host {
     let options = HostOptions {
         name,
         repository: format!("file://{}", lab.path("repository").display()),
@@ -23,7 +89,7 @@ fn host_with(lab: &Lab, name: &str, sections: String) -> Host {
     Host::start(lab, &options)
 }
 
-fn new_lab() -> Lab {
+pub(super) fn new_lab() -> Lab {
     let lab = Lab::new();
     fs::create_dir(lab.path("repository")).unwrap();
     lab
@@ -45,8 +111,8 @@ fn section_with(server: &MariaServer, name: &str, bin_dir: &Path) -> String {
     section.replace(server.release.bin_dir().to_str().unwrap(), bin_dir.to_str().unwrap())
 }
 
-async fn run(server: &MariaServer, statements: &[&str]) {
-    let session = server.connect().await;
+async fn run(server: &impl BinlogServer, statements: &[&str]) {
+    let session = Session::open(&server.endpoint()).await.unwrap();
     for sql in statements {
         session.execute(sql).await.unwrap_or_else(|error| panic!("{sql}: {error}"));
     }
@@ -201,7 +267,7 @@ async fn a_plugin_that_the_host_of_a_clone_of_mariadb_lacks_is_named_before_anyt
 }
 
 /// What status says is wrong with the instance, once it says something with this in it.
-fn problem_with(host: &Host, expected: &str) -> String {
+pub(super) fn problem_with(host: &Host, expected: &str) -> String {
     let mut found = String::new();
     wait_for(&format!("status to say '{expected}'"), SOON, || {
         let problem = host.instance("orders")["problem"].clone();
@@ -213,16 +279,16 @@ fn problem_with(host: &Host, expected: &str) -> String {
 }
 
 /// The log file of the server with this number.
-fn log_file(server: &MariaServer, number: u32) -> PathBuf {
-    server.data_dir.join(format!("binlog.{number:06}"))
+fn log_file(server: &impl SourceServer, number: u32) -> PathBuf {
+    server.data_dir().join(format!("binlog.{number:06}"))
 }
 
 /// A source with a backup and three rows, the third in log file 2, which is open.
-async fn shipped_source(lab: &Lab) -> (MariaServer, Host) {
-    let source = MariaServer::start(&[]);
+async fn shipped_source<S: BinlogServer>(lab: &Lab) -> (S, Host) {
+    let source = S::begin().await;
     run(&source, &["CREATE DATABASE shop", "CREATE TABLE shop.t (i INT PRIMARY KEY)", "INSERT INTO shop.t VALUES (1)"])
         .await;
-    let a = host_with(lab, "a", source.clone_section() + &source.instance_section("orders", "ship_every = \"1s\""));
+    let a = host_with(lab, "a", source.clone_sections() + &source.instance_section("orders"));
     a.keiki_ok(&["repository", "init"]);
     wait_until_state(&a, "orders", "archiving");
     a.keiki_ok(&["backup", "create", "orders"]);
@@ -233,9 +299,18 @@ async fn shipped_source(lab: &Lab) -> (MariaServer, Host) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn binary_logs_that_were_purged_or_damaged_before_they_were_shipped_are_named() {
+    insta::assert_snapshot!(purged_and_damaged::<MariaServer>().await);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn binary_logs_of_mysql_that_were_purged_or_damaged_before_they_were_shipped_are_named() {
+    insta::assert_snapshot!(purged_and_damaged::<MySqlServer>().await);
+}
+
+async fn purged_and_damaged<S: BinlogServer>() -> String {
     let lab = new_lab();
     let mut said = Said::new(mask(&lab));
-    let (source, mut a) = shipped_source(&lab).await;
+    let (source, mut a) = shipped_source::<S>(&lab).await;
     a.stop_agent();
     run(
         &source,
@@ -272,35 +347,40 @@ async fn binary_logs_that_were_purged_or_damaged_before_they_were_shipped_are_na
     wait_until_shipped(&a, "orders");
     said.text.push_str("# half of a log file is no log\n");
     said.refuses(&a, &clone, "begins after transaction");
-    insta::assert_snapshot!(said.finish());
+    said.finish()
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_binary_log_that_is_encrypted_begins_again_or_belongs_to_another_server_is_named() {
+    insta::assert_snapshot!(encrypted_begun_again_and_of_another::<MariaServer>().await);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_binary_log_of_mysql_that_is_encrypted_begins_again_or_belongs_to_another_server_is_named() {
+    insta::assert_snapshot!(encrypted_begun_again_and_of_another::<MySqlServer>().await);
+}
+
+async fn encrypted_begun_again_and_of_another<S: BinlogServer>() -> String {
     let lab = new_lab();
     let mut said = Said::new(mask(&lab));
-    let (mut source, mut a) = shipped_source(&lab).await;
-    // What a server with encrypt_binlog writes into a new file behind the description of its format (log_event.h:
-    // START_ENCRYPTION_EVENT is 164); the library that encrypts is not among the packages that tests need.
+    let (mut source, mut a) = shipped_source::<S>(&lab).await;
     a.stop_agent();
     run(&source, &["FLUSH BINARY LOGS", "FLUSH BINARY LOGS", "FLUSH BINARY LOGS"]).await;
     let path = log_file(&source, 4);
     let plain = fs::read(&path).unwrap();
     let mut bytes = plain.clone();
-    let second_event = 4 + u32::from_le_bytes(bytes[13..17].try_into().unwrap()) as usize;
-    assert_eq!(bytes[second_event + 4], 163, "a list of GTIDs");
-    bytes[second_event + 4] = 164;
+    S::look_encrypted(&mut bytes);
     fs::write(&path, bytes).unwrap();
     a.start_agent();
     said.note("a log file is encrypted: keiki status", &problem_with(&a, "encrypted"));
     fs::write(&path, plain).unwrap();
     wait_until_shipped(&a, "orders");
 
-    run(&source, &["RESET MASTER", "INSERT INTO shop.t VALUES (100)"]).await;
-    said.note("RESET MASTER: keiki status", &problem_with(&a, "begins again"));
+    run(&source, &[S::RESET, "INSERT INTO shop.t VALUES (100)"]).await;
+    said.note(&format!("{}: keiki status", S::RESET), &problem_with(&a, "begins again"));
     a.stop_agent();
     a.start_agent();
-    said.note("RESET MASTER, after a restart of the agent: keiki status", &problem_with(&a, "binlog"));
+    said.note(&format!("{}, after a restart of the agent: keiki status", S::RESET), &problem_with(&a, "binlog"));
     // What was archived before can still be cloned.
     let port = free_port().to_string();
     a.keiki_ok(&["clone", "orders", "--as", "copy", "--latest", "--port", &port]);
@@ -308,19 +388,18 @@ async fn a_binary_log_that_is_encrypted_begins_again_or_belongs_to_another_serve
 
     // Another server takes over the socket.
     source.kill9();
-    let mut other = MariaServer::start(&[]);
+    let mut other = S::begin().await;
     other.kill9();
-    other.socket = source.socket.clone();
-    let _ = fs::remove_file(&source.socket);
+    other.take_over(&source);
+    let socket = source.endpoint().socket;
+    let _ = fs::remove_file(&socket);
     other.launch();
     a.stop_agent();
     a.start_agent();
     let problem = problem_with(&a, "runs in");
-    let problem =
-        problem.replace(other.data_dir.to_str().unwrap(), "OTHER").replace(source.data_dir.to_str().unwrap(), "SOURCE");
-    said.note(
-        "another server behind the socket: keiki status",
-        &problem.replace(source.socket.to_str().unwrap(), "SOCKET"),
-    );
-    insta::assert_snapshot!(said.finish());
+    let problem = problem
+        .replace(other.data_dir().to_str().unwrap(), "OTHER")
+        .replace(source.data_dir().to_str().unwrap(), "SOURCE");
+    said.note("another server behind the socket: keiki status", &problem.replace(socket.to_str().unwrap(), "SOCKET"));
+    said.finish()
 }

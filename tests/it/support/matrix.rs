@@ -27,6 +27,7 @@ mod redis_stream;
 pub use super::mariadb::MariaServer;
 pub use super::mysql::MySqlServer;
 pub use super::postgres::TestServer;
+pub use mariadb::{ask, endpoint_of, runtime};
 
 pub type RedisServer = redis::Server<redis::Redis7>;
 pub type RedisStreamServer = redis::Server<redis::Redis8Streamed>;

@@ -34,6 +34,7 @@ pub struct MySqlServer {
     pub user: User,
     pub password_file: PathBuf,
     pub arguments: Vec<String>,
+    program: PathBuf,
     child: Option<Child>,
     _root: tempfile::TempDir,
 }
@@ -60,9 +61,42 @@ impl MySqlServer {
     /// ones.
     pub async fn start(arguments: &[&str]) -> MySqlServer {
         let arguments: Vec<String> = arguments.iter().map(|argument| argument.to_string()).collect();
+        MySqlServer::prepare(&arguments).start_first().await
+    }
+
+    /// The same with a keyring, which `binlog_encryption` needs: the server looks for what says so beside its program,
+    /// and in the directory of its plugins (MySQL manual, "Keyring Component Installation").
+    pub async fn start_with_keyring(arguments: &[&str]) -> MySqlServer {
+        let arguments: Vec<String> = arguments.iter().map(|argument| argument.to_string()).collect();
         let mut server = MySqlServer::prepare(&arguments);
-        let mut install = Command::new(bin_dir().join("mysqld"));
+        let usr = bin_dir().parent().unwrap().to_path_buf();
+        let programs = server.work_dir.join("programs");
+        std::fs::create_dir(&programs).unwrap();
+        let link = |from: PathBuf| std::os::unix::fs::symlink(&from, programs.join(from.file_name().unwrap())).unwrap();
+        link(usr.join("sbin/mysqld"));
+        for plugin in ["mysql_clone.so", "component_keyring_file.so"] {
+            link(usr.join("lib/mysql/plugin").join(plugin));
+        }
+        let keyring = server.work_dir.join("keyring");
+        let config = format!("{{\"path\": \"{}\", \"read_only\": false}}", keyring.display());
+        std::fs::write(programs.join("component_keyring_file.cnf"), config).unwrap();
+        std::fs::write(programs.join("mysqld.my"), "{\"components\": \"file://component_keyring_file\"}").unwrap();
+        server.program = programs.join("mysqld");
+        server.arguments.push(format!("--basedir={}", usr.display()));
+        server.arguments.push(format!("--plugin-dir={}", programs.display()));
+        server.start_first().await
+    }
+
+    /// Makes the tables, starts the server and makes the agent's account.
+    async fn start_first(self) -> MySqlServer {
+        let mut server = self;
+        let mut install = Command::new(&server.program);
         install.args(["--no-defaults", "--initialize-insecure", "--secure-file-priv=NULL"]);
+        // Those that say how tables are laid out, and where the server's own files are.
+        let is_layout = |argument: &&String| {
+            ["--lower-case-table-names", "--basedir", "--plugin-dir"].iter().any(|name| argument.starts_with(name))
+        };
+        install.args(server.arguments.iter().filter(is_layout));
         install.arg(format!("--datadir={}", server.data_dir.display()));
         install.arg(format!("--tmpdir={}", server.work_dir.display()));
         as_user(&mut install, &server.user);
@@ -95,13 +129,14 @@ impl MySqlServer {
         let password_file = root.path().join("password");
         std::fs::write(&password_file, format!("{AGENT_PASSWORD}\n")).unwrap();
         let (socket, arguments) = (work_dir.join("s"), arguments.to_vec());
-        MySqlServer { work_dir, data_dir, socket, user, password_file, arguments, child: None, _root: root }
+        let program = bin_dir().join("mysqld");
+        MySqlServer { work_dir, data_dir, socket, user, password_file, arguments, program, child: None, _root: root }
     }
 
     /// Starts the server again.
     pub fn launch(&mut self) {
         let log = self.work_dir.join("log");
-        let mut command = Command::new(bin_dir().join("mysqld"));
+        let mut command = Command::new(&self.program);
         command
             .args(["--no-defaults", "--skip-networking", "--mysqlx=OFF", "--secure-file-priv=NULL", "--server-id=5"])
             .args(["--log-bin=binlog", "--gtid-mode=ON", "--enforce-gtid-consistency=ON", "--sync-binlog=1"])

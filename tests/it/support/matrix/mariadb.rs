@@ -175,12 +175,12 @@ impl Drop for Load {
     }
 }
 
-pub(super) fn runtime() -> tokio::runtime::Runtime {
+pub fn runtime() -> tokio::runtime::Runtime {
     tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap()
 }
 
 /// Does something on a connection of its own.
-pub(super) fn with_session<T>(endpoint: &Endpoint, work: impl AsyncFnOnce(&Session) -> T) -> T {
+pub fn with_session<T>(endpoint: &Endpoint, work: impl AsyncFnOnce(&Session) -> T) -> T {
     runtime().block_on(async {
         let session =
             Session::open(endpoint).await.unwrap_or_else(|error| panic!("{}: {error}", endpoint.socket.display()));
@@ -189,13 +189,13 @@ pub(super) fn with_session<T>(endpoint: &Endpoint, work: impl AsyncFnOnce(&Sessi
 }
 
 /// Runs one statement.
-pub(super) fn ask(endpoint: &Endpoint, sql: &str) -> Rows {
+pub fn ask(endpoint: &Endpoint, sql: &str) -> Rows {
     with_session(endpoint, async |session| {
         session.query_within(LIMIT, sql).await.unwrap_or_else(|error| panic!("{sql}: {error}"))
     })
 }
 
-pub(super) fn endpoint_of(clone: &CloneAt) -> Endpoint {
+pub fn endpoint_of(clone: &CloneAt) -> Endpoint {
     Endpoint {
         socket: clone.run_dir.join(SOCKET_FILE),
         user: ACCOUNT.to_string(),
