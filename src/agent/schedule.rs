@@ -5,12 +5,13 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use jiff::Timestamp;
 use jiff::tz::TimeZone;
-use jiff::{SignedDuration, Timestamp};
 
 use crate::agent::config::{BackupSchedule, next_start};
 use crate::agent::host::Host;
 use crate::agent::supervisor::Supervisor;
+use crate::base::clock::is_within;
 use crate::error::{Kind, Result};
 use crate::model::backup::BackupKind;
 use crate::model::id::JobId;
@@ -26,7 +27,7 @@ const BELIEVED_WHEN_DUE: Duration = Duration::from_secs(300);
 
 /// A backup that is taken because of a hole in the log is not tried more often than this, whatever comes of it: it may cost
 /// the server a fork.
-const BETWEEN_HOLES: SignedDuration = SignedDuration::from_mins(10);
+const BETWEEN_HOLES: Duration = Duration::from_secs(600);
 
 /// Runs until the agent stops.
 pub async fn run(host: Arc<Host>) {
@@ -41,7 +42,7 @@ pub async fn run(host: Arc<Host>) {
         let now = host.clock.now();
         for instance in host.instances() {
             let name = &instance.config.name;
-            let is_patient = ordered_behind_hole.get(name).is_some_and(|at| now.duration_since(*at) < BETWEEN_HOLES);
+            let is_patient = ordered_behind_hole.get(name).is_some_and(|at| is_within(*at, now, BETWEEN_HOLES));
             if !is_patient && is_behind_hole(instance.as_ref()).await.unwrap_or(false) {
                 tracing::warn!("log of '{name}' is missing behind its newest backup: taking another one");
                 ordered_behind_hole.insert(name.clone(), now);

@@ -14,12 +14,11 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::StreamExt;
-use jiff::SignedDuration;
 use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::base::child::is_process_alive;
-use crate::base::clock::Clock;
+use crate::base::clock::{Clock, is_within};
 use crate::base::retry::RetryPolicy;
 use crate::base::watch::DirectoryWatch;
 use crate::engine::{DurableEnd, Engine, LogGeometry, LogListing, LogRead};
@@ -257,8 +256,7 @@ impl Archiver {
             (known.renewed_at, position(known.covered) != position(known.covered_recorded))
         };
         let every = if has_news { RENEW_EVERY } else { RENEW_QUIET_EVERY };
-        let age = self.clock.now().duration_since(renewed_at);
-        if age < SignedDuration::try_from(every).unwrap_or(SignedDuration::ZERO) {
+        if is_within(renewed_at, self.clock.now(), every) {
             return Ok(());
         }
         self.renew().await
@@ -388,7 +386,9 @@ impl Archiver {
             known.durable = Some(listing.durable_end);
             known.backlog_bytes = plan.backlog_bytes;
             if plan.backlog_bytes > 0 {
-                known.behind_since.get_or_insert(listing.durable_end.observed_at);
+                let now = listing.durable_end.observed_at;
+                // After the clock was set back the age is counted anew: none at all would look as if nothing waited.
+                known.behind_since = Some(known.behind_since.map_or(now, |since| since.min(now)));
             }
         }
         let has_more = plan.has_more;
@@ -423,9 +423,8 @@ impl Archiver {
     }
 
     fn is_open_file_due(&self) -> bool {
-        let every = SignedDuration::try_from(self.options.ship_every).unwrap_or(SignedDuration::ZERO);
         let shipped_at = self.lock().open_shipped_at;
-        shipped_at.is_none_or(|at| self.clock.now().duration_since(at) >= every)
+        shipped_at.is_none_or(|at| !is_within(at, self.clock.now(), self.options.ship_every))
     }
 
     /// What was archived before is compared, then companions one by one, whole files side by side, then the open file.

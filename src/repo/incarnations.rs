@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
+use crate::base::clock::is_within;
 use crate::error::{Error, Kind, Result};
 use crate::format::document::{DOCUMENT_BYTES_MAX, identity_to_bytes, parse_identity};
 use crate::format::layout;
@@ -83,7 +84,7 @@ impl Incarnations {
         let (newest, all_listed_at) = local_copy.with_identities(|identities| {
             (identities.known.last_key_value().map(|(id, _)| *id), identities.all_listed_at)
         });
-        let is_recent = all_listed_at.is_some_and(|at| at <= now && now.duration_since(at) < LIST_ALL_EVERY);
+        let is_recent = all_listed_at.is_some_and(|at| is_within(at, now, LIST_ALL_EVERY));
         let start = newest.filter(|_| is_recent).and_then(look_back_from);
         let found = self.list_after(start.clone()).await?;
         local_copy.with_identities(|identities| {

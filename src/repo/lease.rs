@@ -240,12 +240,13 @@ impl LeaseKeeper {
     }
 
     /// Whether this run may publish now. Cheap, asks nobody: the lease was not found lost, and the last renewal is not
-    /// older than the ttl. An old renewal is `Unreachable`, because the next one may succeed.
+    /// older than the ttl; one that far in the future says nothing, because the clock was set back. Both are
+    /// `Unreachable`, because the next renewal may succeed.
     pub fn check(&self) -> Result<()> {
         self.not_lost()?;
         let renewed_at = self.lock_local().renewed_at;
         let age = self.clock.now().duration_since(renewed_at);
-        if age > SignedDuration::try_from(self.ttl).unwrap_or(SignedDuration::MAX) {
+        if age.unsigned_abs() > self.ttl {
             return Err(Error::new(
                 Kind::Unreachable,
                 format!(

@@ -14,10 +14,10 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
-use jiff::{SignedDuration, Timestamp};
+use jiff::Timestamp;
 
 use crate::base::bulk::run_blocking;
-use crate::base::clock::{Clock, SystemClock};
+use crate::base::clock::{Clock, SystemClock, is_within};
 use crate::model::id::{IncarnationId, RepositoryId};
 use crate::model::incarnation::Incarnation;
 use crate::repo::backup_reader::KnownBackups;
@@ -32,9 +32,9 @@ use file::CopyOfIncarnation;
 /// More are forgotten, the least recently used first. Their files stay.
 pub const INCARNATIONS_MAX: usize = 32;
 /// After so long everything is listed anew, in case something was removed where nobody looked.
-pub(super) const LIST_ALL_EVERY: SignedDuration = SignedDuration::from_hours(24);
+pub(super) const LIST_ALL_EVERY: Duration = Duration::from_secs(24 * 3600);
 /// A file is not written more often, but for the first time.
-const SAVE_EVERY: SignedDuration = SignedDuration::from_mins(10);
+const SAVE_EVERY: Duration = Duration::from_secs(600);
 
 /// See the module. One per open repository.
 pub struct LocalCopy {
@@ -199,17 +199,11 @@ impl Remembered {
         let backups = self.with_backups(|backups| backups.clone());
         let changes = (backups.changes(), log.as_ref().map_or(0, |log| log.changes()));
         let mut saved = lock(&self.saved);
-        let is_due = saved.at.is_none_or(|at| now.duration_since(at) >= SAVE_EVERY);
+        let is_due = saved.at.is_none_or(|at| !is_within(at, now, SAVE_EVERY));
         if changes == saved.changes || !(is_due || at_once) {
             return None;
         }
         (saved.at, saved.changes) = (Some(now), changes);
         Some(CopyOfIncarnation { backups, log: log.and_then(|log| log.to_keep()) })
     }
-}
-
-/// Whether something that was learnt `at` is not older than `max_age`. What is from the future is not trusted.
-pub(super) fn is_fresh(at: Option<Timestamp>, now: Timestamp, max_age: Duration) -> bool {
-    let max_age = SignedDuration::try_from(max_age).unwrap_or(SignedDuration::MAX);
-    at.is_some_and(|at| at <= now && now.duration_since(at) < max_age)
 }

@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use futures_util::StreamExt;
 use jiff::Timestamp;
 
-use crate::base::clock::Clock;
+use crate::base::clock::{Clock, is_within};
 use crate::error::{Error, Kind, Result};
 use crate::format::container::ContainerKind;
 use crate::format::layout::{self, LogPart};
@@ -223,7 +223,7 @@ impl LogCatalogue {
     pub async fn refresh(&self) -> Result<()> {
         let all_listed_at = self.lock().all_listed_at;
         let now = self.clock.now();
-        if all_listed_at.is_none_or(|at| at > now || now.duration_since(at) >= LIST_ALL_EVERY) {
+        if all_listed_at.is_none_or(|at| !is_within(at, now, LIST_ALL_EVERY)) {
             return self.list_all().await;
         }
         let _listing = Listing::begin(self);

@@ -372,3 +372,45 @@ async fn a_quiet_instance_asks_for_next_to_nothing_and_keeps_its_lease() {
     cancel.cancel();
     task.await.unwrap().unwrap();
 }
+
+#[tokio::test]
+async fn a_clock_that_is_set_back_holds_up_neither_the_open_file_nor_the_lease() {
+    let clock = manual();
+    let site = Site::new(clock.clone()).await;
+    let archiver = site.claim(holder(1)).await.unwrap();
+    site.database.write(1).unwrap();
+    archiver.ship_now().await.unwrap();
+    clock.set_back(Duration::from_secs(3600));
+    let cancel = CancellationToken::new();
+    let task = tokio::spawn({
+        let (archiver, cancel) = (archiver.clone(), cancel.clone());
+        async move { archiver.run(cancel).await }
+    });
+    site.database.write(2).unwrap();
+    // Less than the hour after which the clock shows again what it has shown.
+    for _ in 0..60 {
+        clock.advance(Duration::from_secs(5));
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    cancel.cancel();
+    task.await.unwrap().unwrap();
+    assert_eq!(site.archived_values(archiver.incarnation()).await, [1, 2]);
+    let lease = read_lease(&site.repo, archiver.incarnation()).await.unwrap().unwrap();
+    assert!(lease.renewed_at <= clock.now(), "renewed at {}, {} now", lease.renewed_at, clock.now());
+    assert_eq!(lease.covered.unwrap().0, Position::Count(2));
+}
+
+#[tokio::test]
+async fn what_waits_goes_on_growing_older_after_the_clock_was_set_back() {
+    let clock = manual();
+    let site = Site::new(clock.clone()).await;
+    let archiver = site.claim(holder(1)).await.unwrap();
+    site.faults.inject(Operation::PutStream, When::Every, Fault::Fail(Kind::Unreachable));
+    site.database.write(1).unwrap();
+    archiver.look(OpenFile::Now).await.unwrap_err();
+    clock.set_back(Duration::from_secs(3600));
+    archiver.look(OpenFile::Now).await.unwrap_err();
+    clock.advance(Duration::from_secs(30));
+    archiver.look(OpenFile::Now).await.unwrap_err();
+    assert_eq!(archiver.status().backlog_seconds, 30);
+}

@@ -9,12 +9,13 @@ use futures_util::{StreamExt, stream};
 use jiff::Timestamp;
 
 use super::open_manifest;
+use crate::base::clock::is_within;
 use crate::error::{Error, Kind, Result};
 use crate::format::layout;
 use crate::format::summary::ManifestObject;
 use crate::model::backup::Backup;
 use crate::model::id::{BackupId, IncarnationId};
-use crate::repo::local_copy::{Remembered, is_fresh};
+use crate::repo::local_copy::Remembered;
 use crate::repo::repository::Repository;
 use crate::store::ObjectInfo;
 use crate::store::read::list_all;
@@ -173,8 +174,9 @@ impl Backups {
         max_age: Duration,
     ) -> Result<Vec<(BackupId, ObjectInfo)>> {
         let now = self.repo.local_copy().clock().now();
-        let known =
-            remembered.with_backups(|known| is_fresh(known.listed_at, now, max_age).then(|| known.listed.clone()));
+        let known = remembered.with_backups(|known| {
+            known.listed_at.is_some_and(|at| is_within(at, now, max_age)).then(|| known.listed.clone())
+        });
         if let Some(listed) = known {
             return Ok(listed);
         }

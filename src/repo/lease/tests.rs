@@ -160,3 +160,13 @@ async fn a_lease_whose_object_was_deleted_is_lost() {
     assert_eq!(kind_of(keeper.renew(None).await), Kind::Fenced);
     assert_eq!(kind_of(keeper.check()), Kind::Fenced);
 }
+
+#[tokio::test]
+async fn a_renewal_that_seems_to_lie_in_the_future_does_not_count_as_one() {
+    let site = site().await;
+    let keeper = site.acquire(&holder("m", "b", 1), true).await.unwrap();
+    site.clock.set_back(TTL + Duration::from_millis(1));
+    assert_eq!(kind_of(keeper.check()), Kind::Unreachable);
+    keeper.renew(None).await.unwrap();
+    keeper.check().unwrap();
+}
