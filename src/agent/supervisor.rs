@@ -19,7 +19,7 @@ use crate::job::archive::{ArchiveState, Archiver, ArchiverOptions};
 use crate::job::backup::{BackupSource, needs_backup_behind_hole};
 use crate::job::ports::RepositoryDoor;
 use crate::model::backup::{Backup, BackupKind};
-use crate::model::id::IncarnationId;
+use crate::model::id::{IncarnationId, RunId};
 use crate::model::incarnation::LeaseHolder;
 use crate::model::window::Hole;
 use crate::peer::access::Caller;
@@ -95,8 +95,9 @@ impl Supervisor {
 
     /// Claims and ships until the agent stops.
     async fn run(&self) {
+        let mut holder = self.around.holder.clone();
         while !self.stop.is_cancelled() {
-            let error = match self.claim().await {
+            let error = match self.claim(holder.clone()).await {
                 Ok(archiver) => {
                     tracing::info!("archiving '{}' as incarnation {}", self.config.name, archiver.incarnation());
                     self.lock().archiver = Some(archiver.clone());
@@ -104,7 +105,12 @@ impl Supervisor {
                     self.lock().archiver = None;
                     match ended {
                         Ok(()) => return,
-                        Err(error) => error,
+                        Err(error) => {
+                            if archiver.lease().is_lost_to_copy() {
+                                holder.run = RunId::fresh();
+                            }
+                            error
+                        }
                     }
                 }
                 // Who must not archive this server holds nothing on it either.
@@ -127,7 +133,7 @@ impl Supervisor {
         }
     }
 
-    async fn claim(&self) -> Result<Arc<Archiver>> {
+    async fn claim(&self, holder: LeaseHolder) -> Result<Arc<Archiver>> {
         let repository = self.around.repository.repository().await?;
         let options = ArchiverOptions { ship_every: self.config.ship_every, parallel_files: self.around.ship_lanes };
         Archiver::claim(
@@ -136,7 +142,7 @@ impl Supervisor {
             &self.around.state_dir,
             self.engine.clone(),
             repository,
-            self.around.holder.clone(),
+            holder,
             self.around.clock.clone(),
             options,
         )

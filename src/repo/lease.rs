@@ -4,6 +4,8 @@
 //! proves nothing about a machine that cannot be seen. The lease changes hands only if the old holder is known to be
 //! gone (its process has ended, its machine has started again) or has released it. A holder that finds somebody else's
 //! lease stops for good; the epoch, which grows with each change of hands, tells people in which order it happened.
+//! A record that names the holder itself, but that it has not written, was written by a copy of it: of a virtual machine
+//! that was copied or set back with its memory. It counts as somebody else's.
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -26,6 +28,10 @@ use crate::store::{Key, PutCondition, Tag};
 
 /// How often a race for the lease is run again before it is called one.
 const ATTEMPTS: usize = 5;
+
+const COPY_HINT: &str = "was this machine copied or set back while the agent was running? The copy archives the same \
+     instance: stop one of the two, give it another /etc/machine-id and remove the state of its agent. If there is no other \
+     any more, restart this agent";
 
 /// What somebody who wants the lease may do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -80,6 +86,10 @@ pub fn may_take(
             ttl.as_secs()
         )));
     }
+    if is_alive && (holder.process_id, holder.process_start_ticks) == (me.process_id, me.process_start_ticks) {
+        // Another run of this very process: this one has lost the lease to its copy.
+        return Err(Error::new(Kind::Fenced, held).hint(COPY_HINT));
+    }
     if is_alive {
         return Err(Error::new(Kind::Fenced, held).hint(format!(
             "is a second agent running on this machine? Process {} archives this instance already",
@@ -101,6 +111,7 @@ pub struct LeaseKeeper {
     repo: Arc<Repository>,
     incarnation: IncarnationId,
     key: Key,
+    holder: LeaseHolder,
     clock: Arc<dyn Clock>,
     ttl: Duration,
     /// Locked for the whole of a renewal, so that renewals cannot overtake each other.
@@ -112,11 +123,36 @@ pub struct LeaseKeeper {
 struct Stored {
     tag: Tag,
     lease: Lease,
+    /// When the renewals were begun whose answers did not come since: each of them may be what is stored.
+    unanswered: Vec<Timestamp>,
+}
+
+/// More renewals without an answer are not remembered: those of about a day.
+const UNANSWERED_MAX: usize = 10_000;
+
+impl Stored {
+    /// A renewal is about to be sent.
+    fn expect(&mut self, renewed_at: Timestamp) {
+        if self.unanswered.len() >= UNANSWERED_MAX {
+            // What was stored is most likely one of the first, when the answers ceased to come, or of the last.
+            self.unanswered.remove(UNANSWERED_MAX / 2);
+        }
+        self.unanswered.push(renewed_at);
+    }
+
+    /// Whether this run has sent a record.
+    fn is_ours(&self, found: &Lease) -> bool {
+        let lease = &self.lease;
+        let is_same_run = (&found.holder, found.epoch) == (&lease.holder, lease.epoch);
+        // Written records keep nanoseconds, as the clock does: a copy of this run writes other moments.
+        is_same_run && (found.renewed_at == lease.renewed_at || self.unanswered.contains(&found.renewed_at))
+    }
 }
 
 /// What `check` looks at.
 struct Local {
     lost: Option<Error>,
+    is_lost_to_copy: bool,
     /// By this process's clock, before the request was sent.
     renewed_at: Timestamp,
 }
@@ -151,9 +187,9 @@ impl LeaseKeeper {
             let condition = found.map_or(PutCondition::Create, |(_, tag)| PutCondition::IfMatch(tag));
             match put(&repo, &key, &lease, false, condition).await {
                 Ok(tag) => {
-                    let stored = tokio::sync::Mutex::new(Stored { tag, lease });
-                    let local = Mutex::new(Local { lost: None, renewed_at: now });
-                    return Ok(Arc::new(LeaseKeeper { repo, incarnation, key, clock, ttl, stored, local }));
+                    let stored = tokio::sync::Mutex::new(Stored { tag, lease, unanswered: Vec::new() });
+                    let local = Mutex::new(Local { lost: None, is_lost_to_copy: false, renewed_at: now });
+                    return Ok(Arc::new(LeaseKeeper { repo, incarnation, key, holder: me, clock, ttl, stored, local }));
                 }
                 // Somebody was faster: look again who it is.
                 Err(error) if error.kind() == Kind::Conflict => {}
@@ -194,11 +230,13 @@ impl LeaseKeeper {
     }
 
     async fn replace(&self, stored: &mut Stored, lease: Lease, released: bool) -> Result<()> {
+        // Before it is sent: whoever waits for the answer may be dropped.
+        stored.expect(lease.renewed_at);
         for _ in 0..ATTEMPTS {
             let condition = PutCondition::IfMatch(stored.tag.clone());
             let error = match put(&self.repo, &self.key, &lease, released, condition).await {
                 Ok(tag) => {
-                    *stored = Stored { tag, lease };
+                    *stored = Stored { tag, lease, unanswered: Vec::new() };
                     return Ok(());
                 }
                 Err(error) => error,
@@ -208,9 +246,7 @@ impl LeaseKeeper {
             }
             match read_with_tag(&self.repo, &self.key).await? {
                 // Written by this run: the answer to an earlier renewal was lost on the way.
-                Some((record, tag)) if record.lease.holder == lease.holder && record.lease.epoch == lease.epoch => {
-                    stored.tag = tag;
-                }
+                Some((record, tag)) if stored.is_ours(&record.lease) => stored.tag = tag,
                 other => return Err(self.lose(other.map(|(record, _)| record.lease))),
             }
         }
@@ -223,7 +259,13 @@ impl LeaseKeeper {
     /// Remembers that the lease is lost, and says to whom.
     fn lose(&self, to: Option<Lease>) -> Error {
         let what = format!("the lease of incarnation '{}' was lost", self.incarnation);
+        let is_lost_to_copy = to.as_ref().is_some_and(|lease| lease.holder == self.holder);
         let error = match to {
+            Some(lease) if is_lost_to_copy => Error::new(
+                Kind::Fenced,
+                format!("{what}: it was renewed at {}, but not by this process", utc_text(lease.renewed_at)),
+            )
+            .hint(COPY_HINT),
             Some(lease) => Error::new(
                 Kind::Fenced,
                 format!(
@@ -235,7 +277,8 @@ impl LeaseKeeper {
             None => Error::new(Kind::Fenced, format!("{what}: its object is gone"))
                 .hint("was the archive deleted while the agent was running? Restart the agent to take a new lease"),
         };
-        self.lock_local().lost = Some(error.clone());
+        let mut local = self.lock_local();
+        (local.lost, local.is_lost_to_copy) = (Some(error.clone()), is_lost_to_copy);
         error
     }
 
@@ -257,6 +300,12 @@ impl LeaseKeeper {
             ));
         }
         Ok(())
+    }
+
+    /// Whether a copy of this process has the lease now. Who then wants it must be another run, or takes it back from the
+    /// copy, which takes it back, and so on.
+    pub fn is_lost_to_copy(&self) -> bool {
+        self.lock_local().is_lost_to_copy
     }
 
     pub async fn epoch(&self) -> u64 {

@@ -125,6 +125,11 @@ async fn a_renewal_whose_answer_was_lost_is_not_taken_for_a_loss() {
     let keeper = site.acquire(&holder("m", "b", 1), true).await.unwrap();
     faults.inject_for_key(Operation::Put, "lease.json", When::Nth(1), Fault::AnswerLost);
     assert_eq!(kind_of(keeper.renew(None).await), Kind::Unreachable);
+    // Others do not arrive before one is answered.
+    faults.inject_for_key(Operation::Put, "lease.json", When::Nth(2), Fault::Fail(Kind::Unreachable));
+    site.clock.advance(Duration::from_secs(1));
+    assert_eq!(kind_of(keeper.renew(None).await), Kind::Unreachable);
+    site.clock.advance(Duration::from_secs(1));
     keeper.renew(Some((Position::Count(9), site.clock.now()))).await.unwrap();
     let lease = read_lease(&site.repo, site.incarnation).await.unwrap().unwrap();
     assert_eq!(lease.covered.unwrap().0, Position::Count(9));
@@ -169,4 +174,27 @@ async fn a_renewal_that_seems_to_lie_in_the_future_does_not_count_as_one() {
     assert_eq!(kind_of(keeper.check()), Kind::Unreachable);
     keeper.renew(None).await.unwrap();
     keeper.check().unwrap();
+}
+
+#[tokio::test]
+async fn of_two_copies_of_one_process_the_one_that_did_not_renew_last_stops_and_does_not_come_back() {
+    let site = site().await;
+    let me = holder("m", "b", 1);
+    let first = site.acquire(&me, true).await.unwrap();
+    site.clock.advance(Duration::from_secs(1));
+    let copy = site.acquire(&me, true).await.unwrap();
+    site.clock.advance(Duration::from_secs(1));
+    copy.renew(None).await.unwrap();
+    site.clock.advance(Duration::from_secs(1));
+    let error = first.renew(None).await.unwrap_err();
+    assert_eq!(error.kind(), Kind::Fenced);
+    assert!(error.message().contains("renewed at 2026-11-21 10:00:02Z, but not by this process"), "{error}");
+    assert_eq!(first.check().unwrap_err(), error);
+    assert!(first.is_lost_to_copy() && !copy.is_lost_to_copy());
+    // What the process does next is another run, for which its own process is alive.
+    let next = LeaseHolder { run: RunId::fresh(), ..me };
+    let refused = site.acquire(&next, true).await.err().unwrap();
+    assert_eq!(refused.kind(), Kind::Fenced);
+    assert_eq!(refused.hint_text(), error.hint_text());
+    copy.renew(None).await.unwrap();
 }
