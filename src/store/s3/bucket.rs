@@ -145,7 +145,8 @@ impl Pace {
                 let until = Instant::now() + wait.min(PAUSE_MAX);
                 pause.until = Some(pause.until.map_or(until, |before| before.max(until)));
             }
-            Ok(_) => *pause = Pause::default(),
+            // Of a request that was on its way before the pause began, too: what was asked for still holds, and ends by itself.
+            Ok(_) => pause.in_a_row = 0,
             Err(_) => {}
         }
     }
@@ -484,5 +485,24 @@ mod tests {
         // RFC 3720, appendix B.4 (32 bytes of zeroes), and RFC 1321, appendix A.5.
         assert_eq!(crc32c(&[0; 32]), base64::encode([0x8a, 0x91, 0x36, 0xaa]));
         assert_eq!(md5_of(b"abc"), "kAFQmDzST7DWlj99KOF/cg==");
+    }
+
+    #[tokio::test]
+    async fn a_pause_that_the_server_asked_for_lasts_also_when_an_earlier_request_is_answered() {
+        let pace = Pace::default();
+        let throttled = |retry_after| Failure {
+            error: Error::new(Kind::Unreachable, "fewer requests"),
+            is_throttling: true,
+            retry_after,
+            status: Some(503),
+            code: None,
+        };
+        pace.note::<()>(&Err(throttled(Some(Duration::from_secs(20)))));
+        pace.note(&Ok(()));
+        assert!(tokio::time::timeout(Duration::from_millis(20), pace.wait()).await.is_err(), "the pause was ended");
+        // It is over when its time is, and the next one is as short as the first.
+        assert_eq!(pace.lock().in_a_row, 0);
+        pace.lock().until = Some(Instant::now());
+        tokio::time::timeout(Duration::from_secs(60), pace.wait()).await.unwrap();
     }
 }
