@@ -24,6 +24,7 @@ use crate::base::watch::DirectoryWatch;
 use crate::engine::{DurableEnd, Engine, LogGeometry, LogListing, LogRead};
 use crate::error::{Error, Kind, Result};
 use crate::job::window::{archived_span, contiguous};
+use crate::model::bytes_text::human_bytes;
 use crate::model::id::IncarnationId;
 use crate::model::incarnation::LeaseHolder;
 use crate::model::log::{LogChunk, LogSummary};
@@ -65,6 +66,8 @@ pub struct ArchiverOptions {
 
 /// Ships one incarnation. Shared by the task that runs it and by everybody who asks it.
 pub struct Archiver {
+    /// The instance's name.
+    name: String,
     engine: Arc<dyn Engine>,
     engine_version: String,
     repo: Arc<Repository>,
@@ -118,11 +121,12 @@ impl Archiver {
         let is_alive = |holder: &LeaseHolder| is_process_alive(holder.process_id, holder.process_start_ticks);
         let lease =
             LeaseKeeper::acquire(repo.clone(), incarnation.id, holder, clock.clone(), LEASE_TTL, is_alive).await?;
-        Archiver::new(engine, identity.version, repo, lease, clock, options).await
+        Archiver::new(instance, engine, identity.version, repo, lease, clock, options).await
     }
 
     /// An archiver for an incarnation whose lease is held.
-    pub async fn new(
+    async fn new(
+        instance: &str,
         engine: Arc<dyn Engine>,
         engine_version: String,
         repo: Arc<Repository>,
@@ -134,6 +138,7 @@ impl Archiver {
         let catalogue = LogCatalogue::load(repo.clone(), lease.incarnation()).await?;
         let writer = LogWriter::new(repo.clone(), lease.clone(), catalogue);
         Ok(Arc::new(Archiver {
+            name: instance.to_string(),
             engine,
             engine_version,
             repo,
@@ -329,7 +334,8 @@ impl Archiver {
         }
     }
 
-    /// One look: ships what is there and due. The state and the problem of the status follow from its outcome.
+    /// One look: ships what is there and due. The state and the problem of the status follow from its outcome, and the log
+    /// is told of it.
     pub async fn look(&self, open_file: OpenFile) -> Result<Looked> {
         let _one = self.looking.lock().await;
         let outcome = self.look_once(open_file).await;
@@ -347,8 +353,26 @@ impl Archiver {
                 }
             }
         }
+        self.tell_log();
         self.looks.send_modify(|count| *count += 1);
         outcome.map_err(|failure| failure.error)
+    }
+
+    /// Says in the log that shipping is held up, why and how much waits, now and then while it lasts; and that it goes on.
+    fn tell_log(&self) {
+        let (name, now) = (&self.name, self.clock.now());
+        let status = self.status();
+        let waiting = format!("{}, the oldest for {} s", human_bytes(status.backlog_bytes), status.backlog_seconds);
+        let told = &mut self.lock().told;
+        match (status.state, status.problem) {
+            (ArchiveState::Retrying | ArchiveState::Down, Some(problem)) if told.is_due(now) => {
+                tracing::warn!("shipping of '{name}' is held up; waiting: {waiting}: {problem}");
+            }
+            (ArchiveState::Archiving, None) if told.is_over() => {
+                tracing::info!("shipping of '{name}' goes on; waiting: {waiting}");
+            }
+            _ => {}
+        }
     }
 
     async fn look_once(&self, open_file: OpenFile) -> Result<Looked, Failure> {
@@ -357,9 +381,28 @@ impl Archiver {
             if let Err(error) = self.renew().await {
                 // However long the store is away, what is held back on the server must not fill its disk.
                 self.engine.guard_log().await.map_err(Failure::of_server)?;
+                // Whoever asks how much waits is told what waits by now. That nothing can be shipped is the error.
+                let _ = self.survey(open_file).await;
                 return Err(error.into());
             }
         }
+        let (listing, plan) = self.survey(open_file).await?;
+        self.look_for_hole(&listing)?;
+        self.compare_chunks(&listing).await?;
+        let has_more = plan.has_more;
+        let shipped = self.carry_out(plan).await;
+        // Also after a failure: the others have arrived.
+        let archived = self.archived(&listing).await?;
+        let reached = reached(&listing, self.geometry.as_ref(), |name| archived.get(name).copied())?;
+        let covered = self.note(&listing, &reached);
+        shipped?;
+        self.release(&reached).await.map_err(Failure::of_server)?;
+        self.renew_if_due().await?;
+        Ok(Looked { has_more, covered })
+    }
+
+    /// What the server has and what of it is to be shipped now; how much waits is known from then on.
+    async fn survey(&self, open_file: OpenFile) -> Result<(LogListing, ShipPlan), Failure> {
         let after = {
             let known = self.lock();
             // The server may ask about a file that sorts before what is settled: a companion of an old file.
@@ -375,32 +418,20 @@ impl Archiver {
             outcome => outcome,
         };
         let listing = listing.map_err(Failure::of_server)?;
-        self.look_for_hole(&listing)?;
-        self.compare_chunks(&listing).await?;
         let ship_open = open_file == OpenFile::Now || self.is_open_file_due();
         let limits = Limits { sealed_files_max: SEALED_FILES_PER_LOOK, compare_files_max: COMPARE_FILES, ship_open };
         let archived = self.archived(&listing).await?;
         let plan = plan_shipping(&listing, self.geometry.as_ref(), |name| archived.get(name).copied(), limits)?;
-        {
-            let mut known = self.lock();
-            known.durable = Some(listing.durable_end);
-            known.backlog_bytes = plan.backlog_bytes;
-            if plan.backlog_bytes > 0 {
-                let now = listing.durable_end.observed_at;
-                // After the clock was set back the age is counted anew: none at all would look as if nothing waited.
-                known.behind_since = Some(known.behind_since.map_or(now, |since| since.min(now)));
-            }
+        let mut known = self.lock();
+        known.durable = Some(listing.durable_end);
+        known.backlog_bytes = plan.backlog_bytes;
+        if plan.backlog_bytes > 0 {
+            let now = listing.durable_end.observed_at;
+            // After the clock was set back the age is counted anew: none at all would look as if nothing waited.
+            known.behind_since = Some(known.behind_since.map_or(now, |since| since.min(now)));
         }
-        let has_more = plan.has_more;
-        let shipped = self.carry_out(plan).await;
-        // Also after a failure: the others have arrived.
-        let archived = self.archived(&listing).await?;
-        let reached = reached(&listing, self.geometry.as_ref(), |name| archived.get(name).copied())?;
-        let covered = self.note(&listing, &reached);
-        shipped?;
-        self.release(&reached).await.map_err(Failure::of_server)?;
-        self.renew_if_due().await?;
-        Ok(Looked { has_more, covered })
+        drop(known);
+        Ok((listing, plan))
     }
 
     /// What the repository has of each listed file, without asking it about more than open files.

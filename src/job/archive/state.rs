@@ -1,9 +1,11 @@
 //! What an archiver knows and tells.
 
 use std::collections::BTreeSet;
+use std::time::Duration;
 
 use jiff::Timestamp;
 
+use crate::base::clock::is_within;
 use crate::engine::DurableEnd;
 use crate::error::Error;
 use crate::model::position::Position;
@@ -71,6 +73,33 @@ pub(super) struct Known {
     pub released: Option<Position>,
     /// How often something failed since the last success.
     pub failures: u32,
+    pub told: Told,
+}
+
+/// When the log was told of a failure that lasts, so that it is told soon and not all the time.
+#[derive(Debug, Default)]
+pub(super) struct Told {
+    at: Option<Timestamp>,
+    /// Nobody has said since that it is over.
+    lasts: bool,
+}
+
+impl Told {
+    /// Whether to say now that something is wrong: if it was not said yet, and again every minute. What comes and goes is
+    /// not said every time it comes.
+    pub fn is_due(&mut self, now: Timestamp) -> bool {
+        let pause = Duration::from_secs(if self.lasts { 60 } else { 10 });
+        if self.at.is_some_and(|at| is_within(at, now, pause)) {
+            return false;
+        }
+        (self.at, self.lasts) = (Some(now), true);
+        true
+    }
+
+    /// Whether to say that what was said to be wrong is not so any more.
+    pub fn is_over(&mut self) -> bool {
+        std::mem::take(&mut self.lasts)
+    }
 }
 
 /// So many names of confirmed files are remembered: the server asks about files that it has just finished.
@@ -98,6 +127,7 @@ impl Known {
             covered_recorded: None,
             released: None,
             failures: 0,
+            told: Told::default(),
         }
     }
 
@@ -128,5 +158,24 @@ impl Known {
             problem: self.problem.clone(),
             hole: self.hole.clone(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failure_is_told_at_once_then_every_minute_and_its_end_once() {
+        let mut told = Told::default();
+        let at = |second| Timestamp::from_second(1_000_000 + second).unwrap();
+        let said: Vec<i64> = (0..200).filter(|second| told.is_due(at(*second))).collect();
+        assert_eq!(said, [0, 60, 120, 180]);
+        assert_eq!([told.is_over(), told.is_over()], [true, false]);
+        // What fails and works by turns is told now and then.
+        let said = (200..300).filter(|second| told.is_due(at(*second)) && told.is_over()).count();
+        assert_eq!(said, 10);
+        // A clock that was set back does not keep the next failure from being told.
+        assert!(told.is_due(at(-5000)));
     }
 }

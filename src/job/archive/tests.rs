@@ -414,3 +414,22 @@ async fn what_waits_goes_on_growing_older_after_the_clock_was_set_back() {
     archiver.look(OpenFile::Now).await.unwrap_err();
     assert_eq!(archiver.status().backlog_seconds, 30);
 }
+
+#[tokio::test]
+async fn what_is_written_while_the_lease_cannot_be_renewed_counts_as_waiting() {
+    let clock = manual();
+    let site = Site::new(clock.clone()).await;
+    let archiver = site.claim(holder(1)).await.unwrap();
+    archiver.ship_now().await.unwrap();
+    for operation in [Operation::Put, Operation::PutStream] {
+        site.faults.inject(operation, When::Every, Fault::Fail(Kind::Unreachable));
+    }
+    site.database.write(1).unwrap();
+    archiver.look(OpenFile::Now).await.unwrap_err();
+    clock.advance(LEASE_TTL + Duration::from_secs(1));
+    site.database.write(2).unwrap();
+    archiver.look(OpenFile::Now).await.unwrap_err();
+    let status = archiver.status();
+    assert_eq!((status.backlog_bytes, status.backlog_seconds), (2 * RECORD_BYTES as u64, LEASE_TTL.as_secs() + 1));
+    assert_eq!(status.durable, Some(Position::Count(2)));
+}
