@@ -6,8 +6,9 @@
 //!   that is there is ever replaced.
 //! * The chunks of an open file are contiguous. They go when the whole file is durable, not before.
 
-use std::sync::Arc;
+use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use bytes::Bytes;
 use tokio::sync::mpsc;
@@ -54,12 +55,17 @@ pub struct LogWriter {
     incarnation: IncarnationId,
     lease: Arc<LeaseKeeper>,
     catalogue: Arc<LogCatalogue>,
+    /// Finished files whose chunks could not be deleted.
+    with_chunks: Mutex<BTreeSet<String>>,
 }
+
+/// More such files are not remembered: their chunks harm nobody, and cost a little.
+const WITH_CHUNKS_MAX: usize = 1000;
 
 impl LogWriter {
     /// A writer for the incarnation whose lease is held. The catalogue learns of everything that it ships.
     pub fn new(repo: Arc<Repository>, lease: Arc<LeaseKeeper>, catalogue: Arc<LogCatalogue>) -> LogWriter {
-        LogWriter { repo, incarnation: lease.incarnation(), lease, catalogue }
+        LogWriter { repo, incarnation: lease.incarnation(), lease, catalogue, with_chunks: Mutex::default() }
     }
 
     pub fn catalogue(&self) -> &Arc<LogCatalogue> {
@@ -191,19 +197,42 @@ impl LogWriter {
         }
     }
 
+    /// Deletes the chunks of a finished file; and if that works, those of earlier ones of which it did not.
     async fn delete_superseded_chunks(&self, file: &str) -> Result<()> {
+        let mut files = vec![file.to_string()];
+        while let Some(file) = files.pop() {
+            if !self.delete_chunks_of(&file).await? {
+                files.push(file);
+                break;
+            }
+            files.extend(std::mem::take(&mut *self.lock_with_chunks()));
+        }
+        let mut with_chunks = self.lock_with_chunks();
+        let room = WITH_CHUNKS_MAX.saturating_sub(with_chunks.len());
+        with_chunks.extend(files.into_iter().take(room));
+        Ok(())
+    }
+
+    /// Whether no chunk of the file is there any more.
+    async fn delete_chunks_of(&self, file: &str) -> Result<bool> {
         let chunks = self.catalogue.superseded_chunks(file)?;
         if chunks.is_empty() {
-            return Ok(());
+            return Ok(true);
         }
         self.lease.check()?;
         let keys: Vec<Key> = chunks.iter().map(|chunk| chunk.key.clone()).collect();
-        match self.repo.store().delete(&keys).await {
+        let outcome = self.repo.store().delete(&keys).await;
+        match &outcome {
             Ok(()) => self.catalogue.forget_chunks(file, &chunks),
             // The file is safe, which is what was asked; readers ignore these chunks, and they stay in the catalogue.
             Err(error) => tracing::warn!(file, %error, "chunks of a finished log file could not be deleted"),
         }
-        Ok(())
+        Ok(outcome.is_ok())
+    }
+
+    fn lock_with_chunks(&self) -> MutexGuard<'_, BTreeSet<String>> {
+        // Held for operations of a set only, which cannot panic.
+        self.with_chunks.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 }
 

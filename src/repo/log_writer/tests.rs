@@ -169,6 +169,21 @@ async fn chunks_that_could_not_be_deleted_do_no_harm() {
 }
 
 #[tokio::test]
+async fn chunks_that_could_not_be_deleted_go_when_a_later_file_is_finished() {
+    let site = site().await;
+    let writer = site.writer().await;
+    site.faults.inject(Operation::Delete, When::First(2), Fault::Fail(Kind::Unreachable));
+    for (file, left) in [("f1", 3), ("f2", 6), ("f3", 3)] {
+        ship(&writer, file, 0, b"a", false).await.unwrap();
+        ship(&writer, file, 1, b"b", false).await.unwrap();
+        ship(&writer, file, 0, b"abc", true).await.unwrap();
+        assert_eq!(site.log_keys().await.len(), left, "{file}");
+    }
+    assert_eq!(site.log_keys().await, ["f1/sealed", "f2/sealed", "f3/sealed"]);
+    assert_eq!(site.faults.calls(Operation::Delete), 5);
+}
+
+#[tokio::test]
 async fn a_flipped_bit_anywhere_in_what_is_read_of_a_log_file_is_damage() {
     let site = site().await;
     ship(&site.writer().await, "f1", 0, b"some log, some more log", true).await.unwrap();
