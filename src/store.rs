@@ -4,7 +4,8 @@
 //! * A put is atomic and durable: when it returns, a reader on any machine sees the whole object; before that, or
 //!   after a crash, it sees the old state. No reader ever sees a part.
 //! * `Create` puts succeed for exactly one of any number of racing writers, `IfMatch` puts likewise.
-//! * `list` returns keys in ascending byte order, starting after a given key, a page at a time.
+//! * `list` returns keys in ascending byte order, starting after a given key, a page at a time; only the last page is
+//!   not full.
 //! * Deleting what is not there succeeds.
 //! * A put or delete that fails with a temporary error may have happened all the same (its answer was lost); one that
 //!   fails otherwise has not. Who repeats a `Create` and meets `Conflict` compares the object with what it wanted.
@@ -136,7 +137,7 @@ pub trait Store: Send + Sync {
     async fn head(&self, key: &Key) -> Result<Option<ObjectInfo>>;
 
     /// The objects whose key begins with `prefix` (any text, also in the middle of a part) and is greater than
-    /// `after`, at most `limit` and at most [`LIST_PAGE_OBJECTS_MAX`]; an empty answer means there are no more.
+    /// `after`, at most `limit` and at most [`LIST_PAGE_OBJECTS_MAX`]. Fewer than that come only if there are no more.
     async fn list(&self, prefix: &str, after: Option<&str>, limit: usize) -> Result<Vec<ObjectInfo>>;
 
     /// Removes objects; those that are not there count as removed.

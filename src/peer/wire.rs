@@ -24,8 +24,9 @@ mod noun;
 mod repository;
 mod request;
 
-/// Travels in the HTTP header [`PROTOCOL_HEADER`] of each request and answer. Grows with any change of a message.
-pub const PROTOCOL_VERSION: u32 = 3;
+/// Travels in the HTTP header [`PROTOCOL_HEADER`] of each request and answer. Grows with any change of a message, or of
+/// what it means.
+pub const PROTOCOL_VERSION: u32 = 4;
 pub const PROTOCOL_HEADER: &str = "keiki-protocol";
 /// Where requests are posted. It never changes, so that versions can tell each other that they differ.
 pub const REQUEST_PATH: &str = "/v1/request";

@@ -109,19 +109,22 @@ pub fn list_all<'a>(
     Box::pin(stream::try_unfold(start, move |state| async move {
         let Some((prefix, after)) = state else { return Ok(None) };
         let page = store.list(&prefix, after.as_deref(), LIST_PAGE_OBJECTS_MAX).await?;
-        // A short page may be followed by others: only an empty one is the end (S3 may answer with fewer than asked).
         let Some(last) = page.last() else { return Ok(None) };
         let last = last.key.as_str().to_string();
         if after.is_some_and(|after| last <= after) {
             let reason = format!("cannot list '{prefix}' in {}: the listing goes backwards", store.describe());
             return Err(Error::new(Kind::Damaged, reason));
         }
-        Ok(Some((page, Some((prefix, Some(last))))))
+        let is_last = page.len() < LIST_PAGE_OBJECTS_MAX;
+        Ok(Some((page, (!is_last).then_some((prefix, Some(last))))))
     }))
 }
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
+    use super::super::faulty::{Faults, FaultyStore, Operation};
     use super::super::memory::MemoryStore;
     use super::super::{PutCondition, Store};
     use super::*;
@@ -146,5 +149,20 @@ mod tests {
         assert_eq!(body.next().await.unwrap().unwrap().len(), 1);
         assert!(body.next().await.is_none());
         assert!(body_from_bytes(Bytes::new()).next().await.is_none());
+    }
+
+    #[tokio::test]
+    async fn a_listing_takes_no_more_requests_than_it_has_pages() {
+        for (objects, requests) in [(0, 1), (3, 1), (LIST_PAGE_OBJECTS_MAX, 2), (LIST_PAGE_OBJECTS_MAX + 1, 2)] {
+            let faults = Faults::new();
+            let store = FaultyStore::new(Arc::new(MemoryStore::new("t")), faults.clone());
+            for number in 0..objects {
+                let key = Key::parse(&format!("a/{number:06}")).unwrap();
+                store.put(&key, Bytes::new(), PutCondition::Create).await.unwrap();
+            }
+            let pages: Vec<_> = list_all(&store, "a/", None).collect().await;
+            assert_eq!(pages.into_iter().map(|page| page.unwrap().len()).sum::<usize>(), objects);
+            assert_eq!(faults.calls(Operation::List), requests, "for {objects} objects");
+        }
     }
 }

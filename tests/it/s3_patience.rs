@@ -13,8 +13,9 @@ use futures_util::future::join_all;
 use futures_util::{StreamExt, stream};
 use keiki::base::retry::RetryPolicy;
 use keiki::error::{Error, Kind};
+use keiki::model::capabilities::Capabilities;
 use keiki::model::cost::RequestKind;
-use keiki::store::read::{body_from_bytes, read_range};
+use keiki::store::read::{body_from_bytes, list_all, read_range};
 use keiki::store::s3::{CredentialsSource, S3Options, S3Store, Timeouts};
 use keiki::store::{ByteStream, Key, PutCondition, Store};
 use tempfile::TempDir;
@@ -259,4 +260,72 @@ fn a_quiet_instance_makes_next_to_no_requests_and_lists_nothing() {
     }
     // The newest backup is looked for once a minute.
     assert!(more(&before, &["list"]) <= 1 && more(&before, &all) <= 8, "{before:?} {:?}", proxy.requests());
+}
+
+/// A page of a listing as a server sends it: which objects, and what it says of the next page.
+fn page(names: &[&str], more: &str) -> String {
+    let objects: String = names
+        .iter()
+        .map(|name| format!("<Contents><Key>x/{name}</Key><Size>1</Size><ETag>\"t\"</ETag></Contents>"))
+        .collect();
+    format!("<ListBucketResult>{objects}{more}</ListBucketResult>")
+}
+
+fn more(token: &str) -> String {
+    format!("<IsTruncated>true</IsTruncated><NextContinuationToken>{token}</NextContinuationToken>")
+}
+
+/// A store on a server that answers listings with `answer`, which is given the request's first line; and how often it did.
+async fn lister(dir: &TempDir, answer: fn(&str) -> String) -> (Arc<S3Store>, Arc<AtomicUsize>) {
+    let asked = Arc::new(AtomicUsize::new(0));
+    let count = asked.clone();
+    let port = server(move |socket| {
+        each_request(&socket, |line, writer| {
+            count.fetch_add(1, Ordering::SeqCst);
+            let body = answer(line);
+            write!(writer, "HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n{body}", body.len())
+        });
+    });
+    (open(options(dir, format!("http://127.0.0.1:{port}"))).await, asked)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_page_of_a_listing_is_full_or_the_last_one_whatever_pages_the_server_sends() {
+    let dir = TempDir::new().unwrap();
+    let (store, asked) = lister(&dir, |line| match line {
+        line if line.contains("continuation-token=one") => page(&[".not-a-key"], &more("two")),
+        line if line.contains("continuation-token=two") => page(&["c"], "<IsTruncated>false</IsTruncated>"),
+        _ => page(&["a", "b"], &more("one")),
+    })
+    .await;
+    store.adopt(&Capabilities { ordered_listing: true, ..Capabilities::default() });
+    let names = |found: Vec<keiki::store::ObjectInfo>| -> Vec<String> {
+        found.into_iter().map(|object| object.key.to_string()).collect()
+    };
+    assert_eq!(names(store.list("", None, 2).await.unwrap()), ["a", "b"]);
+    assert_eq!(asked.swap(0, Ordering::SeqCst), 1);
+    assert_eq!(names(store.list("", None, 1000).await.unwrap()), ["a", "b", "c"]);
+    assert_eq!(asked.swap(0, Ordering::SeqCst), 3);
+    let pages: Vec<_> = list_all(store.as_ref(), "", None).collect().await;
+    assert_eq!(pages.into_iter().map(|page| names(page.unwrap())).collect::<Vec<_>>(), [["a", "b", "c"]]);
+    assert_eq!(asked.load(Ordering::SeqCst), 3, "the end was asked for again");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_listing_that_goes_on_and_does_not_say_how_is_an_error_and_not_its_end() {
+    let dir = TempDir::new().unwrap();
+    let never: fn(&str) -> String = |_| page(&["a"], "<IsTruncated>true</IsTruncated>");
+    let again: fn(&str) -> String = |_| page(&[], &more("x"));
+    for (answer, reason) in [(never, "goes on, and not how"), (again, "again and again")] {
+        for ordered_listing in [true, false] {
+            let (store, asked) = lister(&dir, answer).await;
+            let known = Capabilities { ordered_listing, ..Capabilities::default() };
+            store.adopt(&known);
+            let error = store.list("", None, 1000).await.unwrap_err();
+            assert_eq!(error.kind(), Kind::Unsupported, "{error}");
+            let message = error.message();
+            assert!(message.contains(&format!("s3://{BUCKET}/x")) && message.contains(reason), "{error}");
+            assert!(asked.load(Ordering::SeqCst) <= 2);
+        }
+    }
 }

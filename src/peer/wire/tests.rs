@@ -591,9 +591,9 @@ fn a_request_can_be_forwarded_once() {
 /// Goal: agents of two builds understand each other as long as the protocol version is the same. If this test fails,
 /// a message has changed: raise `PROTOCOL_VERSION`.
 #[test]
-fn messages_of_protocol_version_3_keep_their_bytes() {
+fn messages_of_protocol_version_4_keep_their_bytes() {
     let hex = |bytes: &[u8]| bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
-    assert_eq!(PROTOCOL_VERSION, 3);
+    assert_eq!(PROTOCOL_VERSION, 4);
     assert_eq!(hex(&encode_request(&Request::Hello).unwrap()), "000000020000");
     let get = Request::GetObject { key: "a/b".into(), range: Some(1..300) };
     assert_eq!(hex(&encode_request(&get).unwrap()), "0000000b001003612f620101fb2c01");

@@ -289,6 +289,7 @@ impl Bucket {
         let limit = i32::try_from(limit.clamp(1, 1000)).unwrap_or(1000);
         let after = after.filter(|_| next.is_none()).map(|after| self.path(after));
         let request = self.client.list_objects_v2().bucket(&self.name).prefix(self.path(prefix)).max_keys(limit);
+        let asked = next.clone();
         let request = request.set_start_after(after).set_continuation_token(next);
         let output = self.done(Action::List, request.send().await)?;
         let found = output.contents().iter().filter_map(|object| {
@@ -300,8 +301,12 @@ impl Bucket {
                 upload_mark: None,
             })
         });
-        let next = output.next_continuation_token().filter(|_| output.is_truncated() == Some(true));
-        Ok(Page { found: found.collect(), next: next.map(str::to_string) })
+        let found = found.collect();
+        let next = match output.is_truncated() {
+            Some(true) => Some(next_page(asked.as_deref(), output.next_continuation_token())?),
+            _ => None,
+        };
+        Ok(Page { found, next })
     }
 
     /// Removes at most 1000 objects; those that are not there count as removed.
@@ -423,6 +428,17 @@ impl Bucket {
         });
         Ok(unfinished.collect())
     }
+}
+
+/// How to ask for what follows a page that is not the last one. Without an answer, or with that for the page itself, the rest
+/// would be taken for missing, or asked for without end.
+fn next_page(asked: Option<&str>, next: Option<&str>) -> Result<String> {
+    let reason = match next {
+        None | Some("") => "the server says that its listing goes on, and not how",
+        Some(next) if asked == Some(next) => "the server gives the same page of its listing again and again",
+        Some(next) => return Ok(next.to_string()),
+    };
+    Err(Error::new(Kind::Unsupported, reason).hint("is there a proxy or a gateway before it that changes its answers?"))
 }
 
 /// A condition that did not hold, whichever way a server says it: an object that should be replaced may be gone.

@@ -93,10 +93,12 @@ async fn list_ordered(store: &S3Store, prefix: &str, after: Option<&str>, limit:
     // before the prefix it finds nothing.
     let begin = after.filter(|after| *after >= prefix);
     let mut next = None;
-    // A page may hold nothing but names that are no keys.
+    let mut objects: Vec<ObjectInfo> = Vec::new();
+    // A page may be short before the end, or hold names that are no keys.
     loop {
-        let page = store.ask(&what, || store.bucket().list(prefix, begin, next.clone(), limit)).await?;
-        let objects: Vec<ObjectInfo> = page.found.into_iter().filter_map(|found| object(found, prefix)).collect();
+        let missing = limit - objects.len();
+        let page = store.ask(&what, || store.bucket().list(prefix, begin, next.clone(), missing)).await?;
+        objects.extend(page.found.into_iter().filter_map(|found| object(found, prefix)));
         next = page.next;
         let is_ordered = objects.windows(2).all(|pair| pair[0].key < pair[1].key)
             && objects.first().is_none_or(|first| after.is_none_or(|after| first.key.as_str() > after));
@@ -105,7 +107,8 @@ async fn list_ordered(store: &S3Store, prefix: &str, after: Option<&str>, limit:
             return Err(Error::new(Kind::Unsupported, message)
                 .hint("was the repository moved to a server of another kind? copy it into one that is begun there"));
         }
-        if !objects.is_empty() || next.is_none() {
+        if objects.len() >= limit || next.is_none() {
+            objects.truncate(limit);
             return Ok(objects);
         }
     }

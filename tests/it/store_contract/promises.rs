@@ -215,10 +215,14 @@ pub async fn a_listing_has_every_key_once_in_byte_order_from_any_start(store: Ar
     loop {
         let page = store.list("a-", Some(&after), 97).await.unwrap();
         assert!(page.len() <= 97);
-        let Some(last) = page.last() else { break };
-        after = last.key.to_string();
+        let is_last = page.len() < 97;
+        after = page.last().map_or(after, |last| last.key.to_string());
         small_pages.extend(page.into_iter().map(|object| object.key.to_string()));
+        if is_last {
+            break;
+        }
     }
+    // A page that is not full is the last one.
     assert_eq!(small_pages, wanted("a-", None));
 }
 
