@@ -205,3 +205,45 @@ async fn a_clone_asks_for_the_same_passwords_as_its_source() {
     );
     grown.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_database_that_the_source_has_only_since_the_backup_is_in_the_clone_or_there_is_none() {
+    let mut subject = RedisSubject::start();
+    subject.commit(1);
+    let base = back_up(&subject, CancellationToken::new()).await.unwrap();
+    assert_eq!(base.span.facts["setting.databases"], "16");
+    subject.server.stop();
+    subject.server.set("databases", "32");
+    subject.server.start_again();
+    let mut client = subject.server.client();
+    client.run(&["SET", "moved", "1"]);
+    client.run(&["MOVE", "moved", "20"]);
+    let log = MemoryLog::of(&subject).await;
+    // Nothing selects that database: a clone that goes on without it would have the key in another one.
+    let grown = Grown::stage(&subject, &base).await;
+    let error = grown.recover(&Target::Latest, log).await.unwrap_err();
+    assert!(error.to_string().contains("refused 1 commands of the log"), "{error:?}");
+    assert!(error.hint_text().unwrap().contains("--set databases="), "{error:?}");
+    grown.stop().await;
+    // Once the log selects it, the clone has it by itself; and what was ordered helps in the other case.
+    client.run(&["SELECT", "20"]);
+    client.run(&["SET", "elsewhere", "2"]);
+    let grown = Grown::stage(&subject, &base).await;
+    let recovered = grown.recover(&Target::Latest, MemoryLog::of(&subject).await).await.unwrap();
+    let found = recovered.verified.iter().find(|item| item.what == "databases").unwrap();
+    assert!(found.found.starts_with("21:"), "{found:?}");
+    subject.cloner().clean_up(&grown.site).await.unwrap();
+    subject.cloner().hand_over(&grown.site, true).await.unwrap();
+    let mut clone = Client::open(&grown.site.run_dir.join("redis.sock"));
+    clone.run(&["SELECT", "20"]);
+    assert_eq!(clone.run(&["MGET", "moved", "elsewhere"]), Answer::List(vec![Answer::text("1"), Answer::text("2")]));
+    // Whatever its owner makes of it: what the last load refuses is no clone either.
+    subject.cloner().stop(&grown.site).await.unwrap();
+    let conf = grown.site.data_dir.join("redis.conf");
+    let text = std::fs::read_to_string(&conf).unwrap();
+    std::fs::write(&conf, format!("{text}databases 16\n")).unwrap();
+    let error = subject.cloner().hand_over(&grown.site, true).await.unwrap_err();
+    assert!(error.to_string().contains("refused"), "{error:?}");
+    assert!(!subject.cloner().is_running(&grown.site.data_dir), "it is not left open");
+    grown.stop().await;
+}

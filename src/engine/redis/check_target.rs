@@ -13,7 +13,7 @@ use crate::engine::redis::clone::RedisCloner;
 use crate::engine::redis::ondisk::rdb::{RdbFamily, RdbVersion};
 use crate::engine::redis::passwords;
 use crate::engine::redis::recovery::{end_of, is_received};
-use crate::engine::redis::settings::{SETTING_FACT_PREFIX, check_ordered, modules};
+use crate::engine::redis::settings::{SETTING_FACT_PREFIX, check_ordered, databases_of, databases_ordered, modules};
 use crate::engine::redis::source::product_name;
 use crate::error::Result;
 use crate::model::bytes_text::human_bytes;
@@ -43,6 +43,7 @@ pub(super) async fn check_target(site: &CloneSite, target: &Target, cloner: &Red
     items.extend(module_item(site));
     items.extend(memory_item(site));
     items.extend(limit_item(site));
+    items.extend(databases_item(site));
     Ok(items)
 }
 
@@ -158,6 +159,18 @@ fn limit_item(site: &CloneSite) -> Option<CheckItem> {
     })
 }
 
+/// A number of databases that was ordered and is below that of the source: what is in the others would be lost.
+fn databases_item(site: &CloneSite) -> Option<CheckItem> {
+    let ordered = databases_ordered(&site.settings)?;
+    let wanted = databases_of(&site.facts, &Default::default(), 0);
+    let hint = "order at least as many as the source has, or leave it out";
+    match ordered.parse::<u64>() {
+        Ok(number) if number >= wanted => None,
+        Ok(number) => Some(CheckItem::fail("databases", format!("{number} ordered, the source has {wanted}"), hint)),
+        Err(_) => Some(CheckItem::fail("databases", format!("'{ordered}' is no number"), hint)),
+    }
+}
+
 /// `2gb` as the server reads it (`memtoull` in `src/util.c`): k and kb, m and mb, g and gb; those with a b are binary.
 fn memory_bytes(text: &str) -> Option<u64> {
     let text = text.to_ascii_lowercase();
@@ -271,6 +284,17 @@ mod tests {
             (memory_bytes("2GB"), memory_bytes("1x"), memory_bytes("99999999999gb")),
             (Some(2 << 30), None, None)
         );
+    }
+
+    #[test]
+    fn fewer_databases_than_the_source_has_are_refused() {
+        let ask = |ordered: &str| {
+            let mut site = site("7.0.0", &[("setting.databases", "16")]);
+            site.settings = [("Databases".to_string(), ordered.to_string())].into();
+            databases_item(&site).map(|item| item.verdict)
+        };
+        assert_eq!((ask("16"), ask("32")), (None, None));
+        assert_eq!((ask("4"), ask("many")), (Some(Verdict::Fail), Some(Verdict::Fail)));
     }
 
     #[test]

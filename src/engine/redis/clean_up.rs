@@ -42,7 +42,10 @@ pub(super) async fn clean_up(grounds: &Grounds, site: &CloneSite) -> Result<Vec<
         "users",
         &format!("{users} with their passwords, and '{AGENT_USER}' for the agent, which sees no data"),
     ));
-    write_owned(user, &site.data_dir.join(CONF_FILE), final_conf(grounds.conf_input(site)).as_bytes())?;
+    // As many as in quarantine: that is what the log was found to need.
+    let databases = session.setting("databases").await?.parse().unwrap_or(0);
+    let conf = final_conf(grounds.conf_input(site, databases));
+    write_owned(user, &site.data_dir.join(CONF_FILE), conf.as_bytes())?;
     items.push(item("settings", &format!("'{}'", site.data_dir.join(CONF_FILE).display())));
     let modules = modules(&site.facts);
     if !modules.is_empty() {

@@ -51,9 +51,10 @@ impl Grounds {
         Ok(Grounds { server: Server { programs, data_dir, run_dir, user } })
     }
 
-    /// The words of the configuration files.
-    pub fn conf_input<'a>(&self, site: &'a CloneSite) -> ConfInput<'a> {
+    /// The words of the configuration files of a clone whose data use so many databases at least.
+    pub fn conf_input<'a>(&self, site: &'a CloneSite, databases_used: u32) -> ConfInput<'a> {
         ConfInput {
+            databases_used,
             data_dir: &site.data_dir,
             run_dir: &site.run_dir,
             port: site.port,
@@ -176,9 +177,14 @@ impl CloneEngine for RedisCloner {
         .await?;
         if open {
             let what = || format!("cannot open clone '{}'", site.clone_name);
+            let log_began = server.log_bytes();
             let process = server.start(&conf).context(what)?;
             let endpoint = endpoint_of_clone(&site.run_dir, &site.run_as);
-            server.wait_until_loaded(process, &endpoint, &cancel, |_, _| {}).await.context(what)?;
+            let session = server.wait_until_loaded(process, &endpoint, &cancel, |_, _| {}).await;
+            if let Err(error) = server.require_all_taken(&mut session.context(what)?, log_began).await {
+                stop_now(&site.data_dir).await?;
+                return Err(error).context(what);
+            }
         }
         let metadata =
             std::fs::metadata(&site.data_dir).context(|| format!("cannot look at '{}'", site.data_dir.display()))?;

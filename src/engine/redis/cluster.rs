@@ -37,8 +37,12 @@ const TABLE_TIE: &str = "tie.cluster";
 /// In the data directory of a node.
 pub const NODES_FILE: &str = "nodes.conf";
 
+/// How many databases a node has (Valkey 9).
+const DATABASES: &str = "cluster-databases";
+
 /// The settings of a node that a clone of the whole cluster takes over.
-const KEPT: [&str; 8] = [
+const KEPT: [&str; 9] = [
+    DATABASES,
     "cluster-node-timeout",
     "cluster-require-full-coverage",
     "cluster-migration-barrier",
@@ -225,13 +229,16 @@ fn fresh_id() -> String {
     digits[..ID_DIGITS].to_string()
 }
 
-/// What a clone of a whole cluster has in its configuration file beside the rest; nothing for one that stands alone.
-pub fn settings_of(facts: &BTreeMap<String, String>) -> Vec<(&'static str, String)> {
+/// What a clone of a whole cluster has in its configuration file beside the rest; nothing for one that stands alone. Takes
+/// the facts of its backup, and how many databases its log was found to need if that is more than the backup knows.
+pub fn settings_of(facts: &BTreeMap<String, String>, databases: Option<u64>) -> Vec<(&'static str, String)> {
     if !facts.contains_key(TABLE_TIE) {
         return Vec::new();
     }
-    let kept =
-        KEPT.iter().filter_map(|name| Some((*name, facts.get(&format!("{SETTING_FACT_PREFIX}{name}"))?.clone())));
+    let kept = KEPT.iter().filter_map(|name| {
+        let value = facts.get(&format!("{SETTING_FACT_PREFIX}{name}"))?.clone();
+        Some((*name, databases.filter(|_| *name == DATABASES).map_or(value, |number| number.to_string())))
+    });
     let own = [("cluster-enabled", "yes".to_string()), ("cluster-config-file", NODES_FILE.to_string())];
     own.into_iter().chain(kept.filter(|(_, value)| !value.contains(['\n', '\r']))).collect()
 }
@@ -352,7 +359,7 @@ mod tests {
             assert_eq!(table.len(), 3);
             assert!(table.iter().all(|node| (0..3).all(|old| node.id != id(old))));
             assert!(table[place].is_myself && table[place].slots.to_string() == THREE[place], "{table:?}");
-            assert!(settings_of(&ties[number]).contains(&("cluster-enabled", "yes".to_string())));
+            assert!(settings_of(&ties[number], None).contains(&("cluster-enabled", "yes".to_string())));
         }
     }
 
@@ -387,7 +394,17 @@ mod tests {
     #[test]
     fn a_clone_that_stands_alone_gets_nothing_of_a_cluster() {
         let facts = &members(&THREE)[0].facts;
-        assert!(settings_of(facts).is_empty());
+        assert!(settings_of(facts, None).is_empty());
+    }
+
+    #[test]
+    fn a_node_has_as_many_databases_as_its_source_or_as_its_log_needs() {
+        let (_, ties) = tie(&members(&THREE), "127.0.0.1").unwrap();
+        let mut facts = members(&THREE)[0].facts.clone();
+        facts.extend(ties[0].clone());
+        facts.insert(format!("{SETTING_FACT_PREFIX}{DATABASES}"), "4".to_string());
+        assert!(settings_of(&facts, None).contains(&(DATABASES, "4".to_string())));
+        assert!(settings_of(&facts, Some(21)).contains(&(DATABASES, "21".to_string())));
         let (items, ties) = tie(&[], "*").unwrap();
         assert!(items.is_empty() && ties.is_empty());
     }

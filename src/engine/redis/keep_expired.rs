@@ -19,9 +19,7 @@ use jiff::Timestamp;
 use crate::base::ownership::give_to;
 use crate::base::random::random_u64;
 use crate::base::users::User;
-use crate::engine::CloneSite;
 use crate::engine::redis::session::Session;
-use crate::engine::redis::settings::SETTING_FACT_PREFIX;
 use crate::error::{Context, Error, Kind, Result};
 use crate::model::check::CheckItem;
 use crate::model::target::utc_text;
@@ -78,9 +76,6 @@ redis.call('SELECT', 0)
 redis.call('SET', KEYS[1], table.concat({kept, expired, gone, fields, hidden}, ' '))
 ";
 
-/// What Redis has if its configuration says nothing (`databases`).
-const DATABASES_DEFAULT: &str = "16";
-
 /// What the script of a clone will leave, and what it was told.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Kept {
@@ -90,14 +85,13 @@ pub(super) struct Kept {
     by_millis: Option<i64>,
 }
 
-/// Writes the increment that is loaded last. Blocking.
-pub(super) fn write(path: &Path, user: &User, site: &CloneSite, by_millis: Option<i64>) -> Result<Kept> {
+/// Writes the increment that is loaded last, for a clone with so many databases. Blocking.
+pub(super) fn write(path: &Path, user: &User, databases: u64, by_millis: Option<i64>) -> Result<Kept> {
     let key = format!("keiki:kept:{:016x}{:016x}", random_u64(), random_u64());
-    let databases = site.facts.get(&format!("{SETTING_FACT_PREFIX}databases"));
-    let databases = databases.map_or(DATABASES_DEFAULT, String::as_str);
+    let databases = databases.to_string();
     let limit = by_millis.unwrap_or(0).to_string();
     let now = Timestamp::now().as_millisecond().to_string();
-    let words = ["EVAL", SCRIPT, "1", &key, &limit, &now, databases];
+    let words = ["EVAL", SCRIPT, "1", &key, &limit, &now, &databases];
     let mut command = format!("*{}\r\n", words.len());
     for word in words {
         command += &format!("${}\r\n{word}\r\n", word.len());

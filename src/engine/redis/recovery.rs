@@ -29,7 +29,7 @@ use crate::engine::redis::keep_expired::{self, Kept};
 use crate::engine::redis::ondisk::aof::select_command;
 use crate::engine::redis::ondisk::manifest::{Manifest, ManifestPart, PartKind};
 use crate::engine::redis::server::stop_now;
-use crate::engine::redis::settings::{APPEND_DIR, APPEND_FILE, QUARANTINE_CONF_FILE, quarantine_conf};
+use crate::engine::redis::settings::{APPEND_DIR, APPEND_FILE, QUARANTINE_CONF_FILE, databases_of, quarantine_conf};
 use crate::engine::{CloneSite, LogSource, Progress, Recovered};
 use crate::error::{Context, Error, Kind, Result};
 use crate::model::bytes_text::human_bytes;
@@ -57,6 +57,8 @@ struct Assembled {
     log_bytes: u64,
     increments: u64,
     base_bytes: u64,
+    /// The log uses so many databases at least.
+    databases_used: u32,
     /// Expired keys are kept by the last increment.
     kept: Option<Kept>,
 }
@@ -165,6 +167,7 @@ struct Assembly {
     end: Position,
     times: Times,
     log_bytes: u64,
+    databases_used: u32,
 }
 
 impl Assembly {
@@ -197,6 +200,7 @@ impl Assembly {
                 end: start,
                 times: Times::default(),
                 log_bytes: 0,
+                databases_used: database.map_or(0, |highest| highest.saturating_add(1)),
             })
         })
         .await
@@ -287,6 +291,8 @@ impl Assembly {
             file.set_len(head_bytes + kept - from).context(|| format!("cannot cut '{}'", shown.display()))
         })
         .await?;
+        self.databases_used =
+            self.databases_used.max(cut.highest_database().map_or(0, |highest| highest.saturating_add(1)));
         let times = cut.times_kept(kept);
         self.times = Times { last: times.last.or(self.times.last), executed: times.executed.or(self.times.executed) };
         self.log_bytes += head_bytes + kept - from;
@@ -338,6 +344,7 @@ impl Assembly {
             log_bytes: self.log_bytes,
             increments,
             base_bytes: self.base_bytes,
+            databases_used: self.databases_used,
             kept,
         })
     }
@@ -351,7 +358,8 @@ impl Assembly {
         let sequence = self.increments.len() as u64 + 1;
         let name = format!("{APPEND_FILE}.{sequence}.incr.aof");
         let (path, user, site) = (self.dir.join(&name), self.user.clone(), site.clone());
-        let write = move || keep_expired::write(&path, &user, &site, by_millis);
+        let databases = databases_of(&site.facts, &site.settings, self.databases_used);
+        let write = move || keep_expired::write(&path, &user, databases, by_millis);
         let kept = run_blocking("keep expired keys", write).await?;
         self.increments.push(part(name, sequence, PartKind::Increment));
         Ok(kept)
@@ -381,7 +389,9 @@ async fn start(
     verified: &mut Vec<CheckItem>,
 ) -> Result<()> {
     let conf = site.run_dir.join(QUARANTINE_CONF_FILE);
-    write_owned(&grounds.server.user, &conf, quarantine_conf(grounds.conf_input(site)).as_bytes())?;
+    let input = grounds.conf_input(site, assembled.databases_used);
+    write_owned(&grounds.server.user, &conf, quarantine_conf(input).as_bytes())?;
+    let log_began = grounds.server.log_bytes();
     let process = grounds.server.start(&conf)?;
     let endpoint = grounds.server.endpoint();
     let show = |done: u64, total: u64| progress.set(done, total);
@@ -389,6 +399,7 @@ async fn start(
     if let Some(kept) = &assembled.kept {
         verified.push(keep_expired::report(&mut session, kept).await?);
     }
+    verified.extend(grounds.server.require_all_taken(&mut session, log_began).await?);
     let info = session.info(&["server", "persistence", "replication", "keyspace"]).await?;
     let value = |key: &str| info.get(key).map_or("", String::as_str);
     let logged: u64 = value("aof_current_size").parse().unwrap_or(0);
@@ -415,6 +426,11 @@ async fn start(
         ),
     ));
     verified.push(CheckItem::pass("keys", keys_text(&info)));
+    let databases = |used: u32| databases_of(&site.facts, &site.settings, used);
+    let (known, now) = (databases(0), databases(assembled.databases_used));
+    if now > known {
+        verified.push(CheckItem::pass("databases", format!("{now}: the log uses more than the {known} of the backup")));
+    }
     Ok(())
 }
 

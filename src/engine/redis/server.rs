@@ -19,6 +19,7 @@ use crate::engine::redis::settings::{LOG_FILE, SOCKET_FILE};
 use crate::engine::redis::source::{major_of, product_name};
 use crate::engine::server_log::{LogMarks, last_log_lines, text_from};
 use crate::error::{Context, Error, Kind, Result};
+use crate::model::check::CheckItem;
 use crate::model::engine_kind::EngineKind;
 
 const POLL: Duration = Duration::from_millis(20);
@@ -26,6 +27,10 @@ const POLL: Duration = Duration::from_millis(20);
 const STOP_SECONDS: u64 = 20;
 /// No word tells a grave line of Redis from another, so the last lines are quoted.
 const LOG_MARKS: LogMarks = LogMarks { started: "", grave: &[], lines_of_reason: 3, lines_of_end: 3 };
+/// What a server writes into its log about a command that it refuses while it loads, before the reason and the command.
+const REFUSED: &str = "is sending an error to its AOF-loading-client:";
+/// The end of such a line about a command by which a node of Valkey 9 remembers that slots come from another node.
+const REFUSED_OF_CLUSTER: &str = "after processing the command 'cluster|syncslots'";
 /// The longest path of a unix socket (unix(7): sun_path has 108 bytes with the NUL).
 const SOCKET_PATH_BYTES_MAX: usize = 107;
 
@@ -119,6 +124,11 @@ impl Server {
         self.run_dir.join(LOG_FILE)
     }
 
+    /// How long its log is now: what it says later stands behind.
+    pub fn log_bytes(&self) -> u64 {
+        std::fs::metadata(self.log_file()).map_or(0, |metadata| metadata.len())
+    }
+
     /// Where the server is asked, without a password.
     pub fn endpoint(&self) -> Endpoint {
         Endpoint {
@@ -194,6 +204,41 @@ impl Server {
         Ok(None)
     }
 
+    /// An error if the server refused commands of what it has loaded. It only counts them and goes on behind them: what
+    /// follows a SELECT of a database that it does not have would be in another one. Takes a session with it, and how long
+    /// its log was before it was started. Returns what is to be said about refused commands that do not touch data. Source:
+    /// afterErrorReply in `src/networking.c` of Redis 7.0 and 8 and of Valkey 9.
+    pub async fn require_all_taken(&self, session: &mut Session, log_began: u64) -> Result<Option<CheckItem>> {
+        let info = session.info(&["stats"]).await?;
+        let count = info.get("unexpected_error_replies").and_then(|text| text.parse::<u64>().ok()).unwrap_or(0);
+        let log = text_from(&self.log_file(), log_began);
+        let of_cluster = log.lines().filter(|line| line.ends_with(REFUSED_OF_CLUSTER)).count() as u64;
+        if count == 0 {
+            return Ok(None);
+        }
+        if count <= of_cluster {
+            return Ok(Some(CheckItem::warn(
+                "slots",
+                format!(
+                    "{count} commands in the log are about slots that came from another node, and were passed over"
+                ),
+                "if that migration failed, keys of those slots are in the clone",
+            )));
+        }
+        let first = log.lines().find(|line| line.contains(REFUSED) && !line.ends_with(REFUSED_OF_CLUSTER));
+        let said: String =
+            first.and_then(|line| line.split(REFUSED).nth(1)).unwrap_or_default().chars().take(300).collect();
+        Err(Error::new(
+            Kind::Server,
+            format!("the server refused {} commands of the log, the first with{said}", count - of_cluster),
+        )
+        .hint(format!(
+            "if a database is out of range, order the clone with --set databases=N, as many as the source has; \
+             '{}' has all of them in lines with CRITICAL",
+            self.log_file().display()
+        )))
+    }
+
     /// An error with the last lines of the log if the process is not there any more.
     pub fn require_alive(&self, process: Process) -> Result<()> {
         if process.is_alive() {
@@ -210,7 +255,7 @@ impl Server {
     /// Stops the server so that its append-only file is written and synced, however long that takes; an error if it
     /// died instead. Succeeds if none runs.
     pub async fn stop_cleanly(&self, cancel: &CancellationToken) -> Result<()> {
-        let before = std::fs::metadata(self.log_file()).map_or(0, |metadata| metadata.len());
+        let before = self.log_bytes();
         let running = processes_in(&self.data_dir);
         let Some(process) = running.first() else { return Ok(()) };
         process.signal(Signal::SIGTERM)?;

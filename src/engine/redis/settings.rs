@@ -194,6 +194,30 @@ pub struct ConfInput<'a> {
     pub listen_addresses: &'a str,
     pub facts: &'a BTreeMap<String, String>,
     pub ordered: &'a BTreeMap<String, String>,
+    /// So many databases at least are in the data.
+    pub databases_used: u32,
+}
+
+/// What a server has if its configuration says nothing (`databases`).
+const DATABASES_DEFAULT: u64 = 16;
+/// More are not believed to be used: a server makes all of them when it starts.
+const DATABASES_USED_MAX: u32 = 1 << 16;
+
+/// How many databases a clone has: as many as its source, as were ordered or as are used, whichever is most. A SELECT of
+/// one that is not there would leave the commands behind it in another.
+pub fn databases_of(facts: &BTreeMap<String, String>, ordered: &BTreeMap<String, String>, used: u32) -> u64 {
+    let number = |text: &String| text.parse::<u64>().ok();
+    let fact = |name: &str| facts.get(&format!("{SETTING_FACT_PREFIX}{name}")).and_then(number);
+    let used = Some(used).filter(|used| *used <= DATABASES_USED_MAX).map(u64::from);
+    let of_source = fact("databases").unwrap_or(DATABASES_DEFAULT);
+    // In quarantine a node of a cluster is none.
+    let others = [fact("cluster-databases"), databases_ordered(ordered).and_then(number), used];
+    others.into_iter().flatten().fold(of_source, u64::max)
+}
+
+/// What an order says about the number of databases.
+pub fn databases_ordered(ordered: &BTreeMap<String, String>) -> Option<&String> {
+    ordered.iter().find(|(name, _)| name.eq_ignore_ascii_case("databases")).map(|(_, value)| value)
 }
 
 /// The configuration of a clone in quarantine: reached through one socket in a private directory, following nobody,
@@ -208,9 +232,8 @@ pub fn quarantine_conf(input: ConfInput<'_>) -> String {
     conf.set("appendfsync", "everysec");
     conf.set("maxmemory", "0");
     conf.set("maxmemory-policy", "noeviction");
-    for name in ["databases", "proto-max-bulk-len"] {
-        conf.take_over(input, name);
-    }
+    conf.take_over(input, "proto-max-bulk-len");
+    conf.set("databases", &databases_of(input.facts, input.ordered, input.databases_used).to_string());
     conf.text
 }
 
@@ -225,10 +248,13 @@ pub fn final_conf(input: ConfInput<'_>) -> String {
     for name in KEPT {
         conf.take_over(input, name);
     }
-    for (name, value) in cluster::settings_of(input.facts) {
+    let databases = databases_of(input.facts, input.ordered, input.databases_used);
+    conf.set("databases", &databases.to_string());
+    let more = Some(databases).filter(|more| *more > databases_of(input.facts, &BTreeMap::new(), 0));
+    for (name, value) in cluster::settings_of(input.facts, more) {
         conf.set(name, &value);
     }
-    for (name, value) in input.ordered {
+    for (name, value) in input.ordered.iter().filter(|(name, _)| !name.eq_ignore_ascii_case("databases")) {
         conf.set_any(&name.to_ascii_lowercase(), value);
     }
     conf.text
@@ -343,7 +369,30 @@ mod tests {
             listen_addresses: "localhost",
             facts,
             ordered,
+            databases_used: 0,
         }
+    }
+
+    #[test]
+    fn a_clone_has_every_database_that_anybody_uses_or_orders() {
+        let (facts, mut ordered) = (facts(), BTreeMap::new());
+        let both = |ordered: &BTreeMap<String, String>, databases_used: u32| {
+            let input = ConfInput { databases_used, ..input(&facts, ordered) };
+            [quarantine_conf(input), final_conf(input)].map(|conf| {
+                let mut found = conf.lines().filter_map(|line| line.strip_prefix("databases "));
+                found.next_back().unwrap().to_string()
+            })
+        };
+        assert_eq!(both(&ordered, 0), ["4", "4"]);
+        assert_eq!(both(&ordered, 21), ["21", "21"]);
+        assert_eq!(both(&ordered, u32::MAX), ["4", "4"], "no server has so many");
+        for (name, value, most) in [("Databases", "2", "4"), ("databases", "32", "32")] {
+            ordered = [(name.to_string(), value.to_string())].into();
+            assert_eq!(both(&ordered, 0), [most, most]);
+        }
+        let node = [(format!("{SETTING_FACT_PREFIX}cluster-databases"), "20".to_string())].into();
+        assert_eq!(databases_of(&node, &BTreeMap::new(), 0), 20);
+        assert_eq!(databases_of(&BTreeMap::new(), &BTreeMap::new(), 0), 16);
     }
 
     #[test]

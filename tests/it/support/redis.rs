@@ -119,6 +119,11 @@ impl TestRedis {
         });
     }
 
+    /// Changes what it is started with the next time.
+    pub fn set(&mut self, name: &str, value: &str) {
+        self.settings.push((name.to_string(), value.to_string()));
+    }
+
     /// The server as an agent is told about it.
     pub fn source(&self, name: &str) -> RedisSource {
         RedisSource {

@@ -110,6 +110,7 @@ pub struct AofWalker {
     /// The second argument of a SELECT.
     argument: Vec<u8>,
     database: Option<u32>,
+    highest_database: Option<u32>,
     history: Option<String>,
     /// What ended last says nothing about the data.
     is_idle: bool,
@@ -133,6 +134,7 @@ impl AofWalker {
             last_second: None,
             argument: Vec::new(),
             database: None,
+            highest_database: None,
             history: None,
             is_idle: true,
             changed: at,
@@ -158,6 +160,11 @@ impl AofWalker {
     /// The database that was selected last, if any was.
     pub fn database(&self) -> Option<u32> {
         self.database
+    }
+
+    /// The highest number of a database that was selected, if any was.
+    pub fn highest_database(&self) -> Option<u32> {
+        self.highest_database
     }
 
     /// The replication history that was named last.
@@ -289,6 +296,7 @@ impl AofWalker {
             self.in_transaction = false;
         } else if self.arguments == 2 && self.is_named(b"SELECT") {
             self.database = number(&self.argument).and_then(|number| number.try_into().ok());
+            self.highest_database = self.highest_database.max(self.database);
         }
     }
 

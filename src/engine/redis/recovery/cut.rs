@@ -75,6 +75,11 @@ impl Cut {
         })
     }
 
+    /// The highest number of a database that was selected in what has passed.
+    pub fn highest_database(&self) -> Option<u32> {
+        self.walker.highest_database()
+    }
+
     /// How many of the `read` bytes of the file are kept, once all of it has passed or the cut was found.
     pub fn kept(&self, read: u64) -> Result<u64, AofDamage> {
         if let Some(found) = self.found {
