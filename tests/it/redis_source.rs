@@ -247,3 +247,53 @@ async fn a_database_that_the_source_has_only_since_the_backup_is_in_the_clone_or
     assert!(!subject.cloner().is_running(&grown.site.data_dir), "it is not left open");
     grown.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backup_is_shown_from_the_second_after_all_that_its_log_says() {
+    let mut subject = RedisSubject::start();
+    subject.commit(1);
+    let held = files(&subject.engine).await;
+    // As if the clock had been half a minute ahead: behind that the server writes no times before it has caught up.
+    subject.server.stop();
+    let manifest = Hold::new(append_dir(&subject.server), "appendonly.aof").manifest().unwrap();
+    let path = append_dir(&subject.server).join(&manifest.increments[0].name);
+    let ahead = jiff::Timestamp::now().as_second() + 30;
+    let text = format!("#TS:{ahead}\r\n*3\r\n$5\r\nRPUSH\r\n$7\r\nnumbers\r\n$1\r\n2\r\n");
+    let mut file = std::fs::File::options().append(true).open(&path).unwrap();
+    std::io::Write::write_all(&mut file, text.as_bytes()).unwrap();
+    subject.server.start_again();
+    assert_eq!(files(&subject.engine).await.len(), held.len());
+    subject.server.rewrite();
+    let base = back_up(&subject, CancellationToken::new()).await.unwrap();
+    assert_eq!(base.span.start, base_end(&held[0]));
+    assert!(base.span.ended_at.as_second() > ahead, "{:?}", base.span);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_oldest_second_of_a_backup_can_be_cloned_while_the_server_is_written_to() {
+    let subject = RedisSubject::start();
+    let ended = CancellationToken::new();
+    let (mut client, writing) = (subject.server.client(), ended.clone());
+    let writer = std::thread::spawn(move || {
+        while !writing.is_cancelled() {
+            client.run(&["RPUSH", "numbers", "1"]);
+            // Fast enough for many a second, and a log that is soon read.
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+    });
+    for round in 0..3 {
+        // So that the second ends while the log is looked at.
+        let wanted = 920 + 20 * round;
+        while jiff::Timestamp::now().subsec_millisecond() < wanted {
+            tokio::time::sleep(std::time::Duration::from_millis(1)).await;
+        }
+        let base = back_up(&subject, CancellationToken::new()).await.unwrap();
+        let grown = Grown::stage(&subject, &base).await;
+        let first = Target::Time(base.span.ended_at);
+        let recovered = grown.recover(&first, MemoryLog::of(&subject).await).await;
+        recovered.unwrap_or_else(|error| panic!("round {round}: {error:?}"));
+        grown.stop().await;
+    }
+    ended.cancel();
+    writer.join().unwrap();
+}

@@ -26,7 +26,7 @@ use crate::engine::redis::ondisk::manifest::ManifestPart;
 use crate::engine::redis::ondisk::rdb::{HEADER_BYTES_WANTED, RdbCheck, RdbHeader, RdbVerdict};
 use crate::engine::redis::session::{Reply, Session};
 use crate::engine::redis::settings::{ACL_FACT_PREFIX, APPEND_DIR, APPEND_FILE, Module, facts_of_settings};
-use crate::engine::redis::source::Observation;
+use crate::engine::redis::source::{Observation, server_time};
 use crate::engine::redis::{Inner, cluster, left_behind};
 use crate::engine::{BaseSink, BaseSpan};
 use crate::error::{Context, Error, Kind, Result};
@@ -86,8 +86,10 @@ async fn run(inner: &Inner, label: &str, sink: Arc<dyn BaseSink>, cancel: &Cance
     let stop = Position::File { number: last.held.number, offset: last.readable_bytes };
     let log_times = if seen.writes_times { LOG_TIMES_SECONDS } else { "no" };
     describe(inner, &mut facts, label, verdict, (log_times, &seen.info)).await?;
-    // The log's times are whole seconds: the first that this backup can show is the next one.
-    let ended_at = next_second(seen.observed_at)?;
+    // The log's times are whole seconds, and commands that were executed while it was looked at may be in it: the first
+    // moment that this backup can show is the second after all that was written, and after now.
+    let now = inner.with_session(server_time).await?;
+    let ended_at = second_after(now, seen.newest_second(start.file()?.0))?;
     let wait = ended_at.duration_since(Timestamp::now());
     if let Ok(wait) = Duration::try_from(wait) {
         tokio::time::sleep(wait.min(Duration::from_secs(2))).await;
@@ -114,10 +116,11 @@ pub(super) async fn describe(
     Ok(())
 }
 
-/// The first whole second that is not before `at`.
-fn next_second(at: Timestamp) -> Result<Timestamp> {
-    let second = at.as_second() + i64::from(at.subsec_nanosecond() > 0);
-    Timestamp::from_second(second).map_err(|_| Error::new(Kind::Server, format!("the server's clock says '{at}'")))
+/// The whole second after the one of `at`, and after `newest` as well.
+fn second_after(at: Timestamp, newest: Option<i64>) -> Result<Timestamp> {
+    let second = newest.map_or(at.as_second(), |newest| newest.max(at.as_second())).saturating_add(1);
+    Timestamp::from_second(second)
+        .map_err(|_| Error::new(Kind::Server, format!("the server's clock says '{at}', and second {second} its log")))
 }
 
 /// Opens the newest base; lets the server make a new one first if what follows it has become long.
@@ -369,9 +372,13 @@ mod tests {
     }
 
     #[test]
-    fn the_first_second_that_a_backup_can_show_is_not_before_its_end() {
+    fn the_first_second_that_a_backup_can_show_is_behind_its_end_and_all_that_its_log_says() {
         let at = |text: &str| text.parse::<Timestamp>().unwrap();
-        assert_eq!(next_second(at("2026-11-21T10:00:00Z")).unwrap(), at("2026-11-21T10:00:00Z"));
-        assert_eq!(next_second(at("2026-11-21T10:00:00.000001Z")).unwrap(), at("2026-11-21T10:00:01Z"));
+        // A command of that second may be in the log already.
+        assert_eq!(second_after(at("2026-11-21T10:00:00Z"), None).unwrap(), at("2026-11-21T10:00:01Z"));
+        let late = at("2026-11-21T10:00:00.999999Z");
+        assert_eq!(second_after(late, Some(late.as_second() - 5)).unwrap(), at("2026-11-21T10:00:01Z"));
+        assert_eq!(second_after(late, Some(late.as_second() + 30)).unwrap(), at("2026-11-21T10:00:31Z"));
+        assert_eq!(second_after(late, Some(i64::MAX)).unwrap_err().kind(), Kind::Server);
     }
 }

@@ -108,15 +108,18 @@ pub struct Kept {
     released: u64,
 }
 
-/// How far a file of the log was walked through. Bytes behind the boundary may still change: after a crash the server
-/// cuts off a command that it did not write to its end.
+/// How far a file of the log was walked through. Bytes behind the last command may still change: after a crash the server
+/// cuts off a command that it did not write to its end, and the annotation before it.
 #[derive(Debug, Clone, Copy, Default)]
 struct Walk {
+    command_end: u64,
+    /// With the annotations behind it, which stay as soon as another file follows.
     boundary: u64,
     /// What was synced to the disk, or found there when the file was last read.
     durable_bytes: u64,
-    /// The last annotation of time that was passed.
+    /// The last annotation of time that was passed, and the latest.
     last_second: Option<i64>,
+    newest_second: Option<i64>,
 }
 
 /// One file of the log as it is now.
@@ -142,6 +145,18 @@ pub struct Observation {
     pub info: BTreeMap<String, String>,
     /// `aof-timestamp-enabled`.
     pub writes_times: bool,
+    /// The last and the latest second that each file says, by its number; also of the last one before all of them.
+    seconds: BTreeMap<u64, (i64, i64)>,
+}
+
+impl Observation {
+    /// The latest second that counts in the log from file `number` on. A server writes no annotation before its clock has
+    /// passed the one that it wrote last, which may be in an earlier file.
+    pub fn newest_second(&self, number: u64) -> Option<i64> {
+        let before = self.seconds.range(..number).next_back().map(|(_, (last, _))| *last);
+        let within = self.seconds.range(number..).map(|(_, (_, newest))| *newest).max();
+        before.max(within)
+    }
 }
 
 impl Inner {
@@ -318,8 +333,11 @@ async fn observe(source: &RedisSource, kept: &mut Kept) -> Result<Observation> {
         Ok((files, walks, timed_until))
     })
     .await?;
+    let seconds = walks.iter().filter_map(|(number, walk)| Some((*number, walk.last_second.zip(walk.newest_second)?)));
+    let seconds = seconds.collect();
     kept.walks = walks;
     Ok(Observation {
+        seconds,
         timed_until,
         observed_at,
         files,
@@ -485,13 +503,21 @@ fn timed_until(
 
 /// Makes what there is durable and finds the last place in each file where it may be cut. Blocking.
 fn walk_all(held: Vec<HeldFile>, walks: &mut BTreeMap<u64, Walk>) -> Result<Vec<SeenFile>> {
-    walks.retain(|number, _| held.iter().any(|file| file.number == *number));
+    // What the last file before them said about time is still true when it is released.
+    let first = held.first().map_or(0, |file| file.number);
+    let before = walks.range(..first).rev().find(|(_, walk)| walk.last_second.is_some()).map(|(number, _)| *number);
+    walks.retain(|number, _| Some(*number) == before || held.iter().any(|file| file.number == *number));
     let count = held.len();
     let mut files = Vec::with_capacity(count);
     for (index, held) in held.into_iter().enumerate() {
         let walk = walks.entry(held.number).or_default();
         walk_on(&held.path, walk)?;
-        files.push(SeenFile { readable_bytes: walk.boundary, finished: index + 1 < count, held });
+        let finished = index + 1 < count;
+        files.push(SeenFile {
+            readable_bytes: if finished { walk.boundary } else { walk.command_end },
+            finished,
+            held,
+        });
     }
     Ok(files)
 }
@@ -500,21 +526,27 @@ fn walk_on(path: &Path, walk: &mut Walk) -> Result<()> {
     let what = || format!("cannot read '{}'", path.display());
     let file = File::open(path).context(what)?;
     let bytes = file.metadata().context(what)?.len();
-    if bytes < walk.boundary {
+    if bytes < walk.command_end {
         return Err(Error::new(
             Kind::Conflict,
-            format!("'{}' was cut to {bytes} bytes, but {} were complete before", path.display(), walk.boundary),
+            format!("'{}' was cut to {bytes} bytes, but {} were complete before", path.display(), walk.command_end),
         )
         .hint("was the append-only file repaired with redis-check-aof? Then a new life of the instance begins"));
     }
-    if bytes == walk.durable_bytes && walk.durable_bytes > 0 {
+    // Where something is torn the server may put as much of something else.
+    if bytes == walk.durable_bytes && bytes == walk.command_end && bytes > 0 {
         return Ok(());
     }
     // The server syncs once a second or never: what is archived must not be lost again by the source.
     file.sync_data().context(|| format!("cannot sync '{}'", path.display()))?;
-    let mut walker = AofWalker::new(walk.boundary);
-    walk_file(&file, &mut walker, bytes, path, |_| {})?;
-    (walk.boundary, walk.durable_bytes) = (walker.boundary(), bytes);
+    let mut walker = AofWalker::new(walk.command_end);
+    let newest = &mut walk.newest_second;
+    walk_file(&file, &mut walker, bytes, path, |mark| {
+        if let Mark::Second { unix_seconds, .. } = mark {
+            *newest = (*newest).max(Some(unix_seconds));
+        }
+    })?;
+    (walk.command_end, walk.boundary, walk.durable_bytes) = (walker.command_end(), walker.boundary(), bytes);
     walk.last_second = walker.last_second().or(walk.last_second);
     Ok(())
 }
@@ -552,47 +584,4 @@ pub(super) fn walk_file(
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn info(lines: &[(&str, &str)]) -> BTreeMap<String, String> {
-        lines.iter().map(|(key, value)| (key.to_string(), value.to_string())).collect()
-    }
-
-    #[test]
-    fn only_a_server_that_changed_nothing_about_its_log_proves_that_the_log_is_whole() {
-        let base = [("run_id", "a"), ("role", "master"), ("aof_enabled", "1"), ("total_commands_processed", "5")];
-        let earlier = Fingerprint::of(&info(&base));
-        let later = |key, value| Fingerprint::of(&info(&[&base[..], &[(key, value)]].concat()));
-        assert!(earlier.proves(&later("total_commands_processed", "9")));
-        assert!(earlier.proves(&later("cmdstat_get", "calls=9,usec=3")));
-        assert!(!earlier.proves(&later("cmdstat_config|set", "calls=2,usec=3")));
-        assert!(!earlier.proves(&later("run_id", "b")));
-        assert!(!earlier.proves(&later("role", "slave")));
-        assert!(!earlier.proves(&later("total_commands_processed", "4")));
-        assert!(!later("aof_enabled", "0").proves(&later("aof_enabled", "0")));
-        assert!(!Fingerprint::default().proves(&Fingerprint::default()));
-        assert_eq!(
-            Fingerprint::parse(&later("cmdstat_config|set", "calls=2,usec=3").render()).values["cmdstat_config|set"],
-            "calls=2"
-        );
-        assert_eq!(Fingerprint::parse(&earlier.render()), earlier);
-    }
-
-    #[test]
-    fn a_file_is_readable_up_to_its_last_whole_transaction_and_further_when_that_grew() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("f");
-        let (whole, open) = ("*1\r\n$4\r\nPING\r\n", "*1\r\n$5\r\nMULTI\r\n*1\r\n$4\r\nPI");
-        let mut walk = Walk::default();
-        std::fs::write(&path, format!("{whole}{open}")).unwrap();
-        walk_on(&path, &mut walk).unwrap();
-        assert_eq!(walk.boundary, whole.len() as u64);
-        // After a crash the server cuts the torn end off and writes something else there.
-        std::fs::write(&path, format!("{whole}{whole}")).unwrap();
-        walk_on(&path, &mut walk).unwrap();
-        assert_eq!(walk.boundary, 2 * whole.len() as u64);
-        std::fs::write(&path, whole).unwrap();
-        assert_eq!(walk_on(&path, &mut walk).unwrap_err().kind(), Kind::Conflict);
-    }
-}
+mod tests;

@@ -106,12 +106,15 @@ pub struct AofWalker {
     name: Vec<u8>,
     in_transaction: bool,
     boundary: u64,
+    command_end: u64,
     last_second: Option<i64>,
     /// The second argument of a SELECT.
     argument: Vec<u8>,
     database: Option<u32>,
     highest_database: Option<u32>,
     history: Option<String>,
+    /// What ended last is an annotation.
+    is_annotation: bool,
     /// What ended last says nothing about the data.
     is_idle: bool,
     changed: u64,
@@ -131,11 +134,13 @@ impl AofWalker {
             name: Vec::new(),
             in_transaction: false,
             boundary: at,
+            command_end: at,
             last_second: None,
             argument: Vec::new(),
             database: None,
             highest_database: None,
             history: None,
+            is_annotation: true,
             is_idle: true,
             changed: at,
             damage: None,
@@ -150,6 +155,12 @@ impl AofWalker {
     /// The last place at which the file may be cut.
     pub fn boundary(&self) -> u64 {
         self.boundary
+    }
+
+    /// Where the last command or transaction ended: only annotations follow. To here a server cuts a file whose last
+    /// command is torn, so in a file that is still written nothing behind it is sure to stay.
+    pub fn command_end(&self) -> u64 {
+        self.command_end
     }
 
     /// The second of the last annotation that was passed.
@@ -214,6 +225,9 @@ impl AofWalker {
                     bytes = &bytes[passed..];
                     if self.state == State::Start && !self.in_transaction && self.boundary < self.at {
                         self.boundary = self.at;
+                        if !self.is_annotation {
+                            self.command_end = self.at;
+                        }
                         if !self.is_idle {
                             self.changed = self.at;
                         }
@@ -288,6 +302,7 @@ impl AofWalker {
 
     fn end_command(&mut self) {
         self.state = State::Start;
+        self.is_annotation = false;
         // Neither has arguments; in a transaction a second MULTI is an error that the server does not write down.
         self.is_idle = self.is_named(b"PING") || self.is_named(b"REPLCONF") || self.is_named(b"SELECT");
         if self.arguments == 1 && self.is_named(b"MULTI") {
@@ -336,7 +351,7 @@ impl AofWalker {
 
     fn annotation(&mut self, visit: &mut impl FnMut(Mark)) -> Result<(), &'static str> {
         self.state = State::Start;
-        self.is_idle = true;
+        (self.is_annotation, self.is_idle) = (true, true);
         let Some(digits) = self.line.strip_prefix(TIMESTAMP_PREFIX) else {
             self.own_annotation(visit);
             return Ok(());
