@@ -297,3 +297,30 @@ async fn the_oldest_second_of_a_backup_can_be_cloned_while_the_server_is_written
     ended.cancel();
     writer.join().unwrap();
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_key_of_a_shard_is_looked_at_in_every_database_however_long_its_name_is() {
+    let subject = RedisSubject::start();
+    let mut client = subject.server.client();
+    // Ten megabytes in an answer of the usual size. The tag has slot 3300.
+    for number in 0..1100 {
+        client.run(&["SET", &format!("{{b}}{number}{}", "x".repeat(9 << 10)), ""]);
+    }
+    client.run(&["SELECT", "1"]);
+    client.run(&["SET", "{a}", "in slot 15495"]);
+    let base = back_up(&subject, CancellationToken::new()).await.unwrap();
+    for (slots, outcome) in [("0-8000", Err("slot 15495")), ("0-16383", Ok("1101 keys"))] {
+        let mut grown = Grown::stage(&subject, &base).await;
+        let table = format!("{:040} 127.0.0.1:20100@30100 myself,master - 0 0 1 connected {slots}\n", 7);
+        grown.site.facts.insert("tie.cluster".to_string(), table + "vars currentEpoch 1 lastVoteEpoch 0\n");
+        grown.recover(&Target::Latest, MemoryLog::of(&subject).await).await.unwrap();
+        match (subject.cloner().clean_up(&grown.site).await, outcome) {
+            (Ok(items), Ok(wanted)) => {
+                assert!(items.iter().any(|item| item.what == "cluster" && item.done.contains(wanted)), "{items:?}");
+            }
+            (Err(error), Err(wanted)) => assert!(error.to_string().contains(wanted), "{error:?}"),
+            (found, wanted) => panic!("{found:?} instead of {wanted:?}"),
+        }
+        grown.stop().await;
+    }
+}

@@ -29,7 +29,7 @@ pub(super) async fn clean_up(grounds: &Grounds, site: &CloneSite) -> Result<Vec<
             "the clone follows another server or a cluster, although it was told not to",
         ));
     }
-    match cluster::place_table(&mut session, user, site).await? {
+    match cluster::place_table(&grounds.server.endpoint(), user, site).await? {
         None => items.push(item("replication and cluster", "not taken over: the clone stands alone")),
         Some(table) => items.extend([item("replication", "not taken over"), table]),
     }

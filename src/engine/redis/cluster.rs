@@ -19,7 +19,7 @@ use crate::engine::redis::clone::endpoint_of_clone;
 use crate::engine::redis::ondisk::nodes_conf::{
     self, BUS_PORT_OFFSET, ID_DIGITS, NewNode, Node, Slots, is_id, slot_of_key,
 };
-use crate::engine::redis::session::{Reply, Session};
+use crate::engine::redis::session::{Endpoint, Reply, Session, database_number};
 use crate::engine::redis::settings::{LOG_FILE, SETTING_FACT_PREFIX};
 use crate::engine::{CleanUpItem, CloneSite, TiedMember, Ties};
 use crate::error::{Context, Error, Kind, Result};
@@ -56,7 +56,7 @@ const KEPT: [&str; 9] = [
 const CONFIRM_SECONDS_MAX: u64 = 120;
 const CONFIRM_POLL: Duration = Duration::from_millis(100);
 /// Keys that are asked for at a time.
-const SCAN_COUNT: &str = "1000";
+const SCAN_COUNT_MAX: u32 = 1000;
 
 /// What a backup remembers of the cluster that the server is a node of; nothing if it is none. A server that does not tell
 /// its agent is backed up all the same: only a clone of the whole cluster needs to know.
@@ -244,13 +244,13 @@ pub fn settings_of(facts: &BTreeMap<String, String>, databases: Option<u64>) -> 
 }
 
 /// Writes the node table of a clone that belongs to a group of shards, once it is known that all its keys are in slots of
-/// its own. Nothing for a clone that stands alone. Takes a session with the server in quarantine. Repeating it is harmless.
-pub async fn place_table(session: &mut Session, user: &User, site: &CloneSite) -> Result<Option<CleanUpItem>> {
+/// its own. Nothing for a clone that stands alone. Takes where the server in quarantine is. Repeating it is harmless.
+pub async fn place_table(endpoint: &Endpoint, user: &User, site: &CloneSite) -> Result<Option<CleanUpItem>> {
     let Some(table) = site.facts.get(TABLE_TIE) else { return Ok(None) };
     let nodes = nodes_conf::parse(table)?;
     let own = nodes.iter().find(|node| node.is_myself);
     let own = own.ok_or_else(|| Error::new(Kind::Internal, "the new node table does not name its own node"))?;
-    let keys = require_own_slots(session, &own.slots).await?;
+    let keys = require_own_slots(endpoint, &own.slots).await?;
     write_owned(user, &site.data_dir.join(NODES_FILE), table.as_bytes())?;
     Ok(Some(CleanUpItem {
         what: String::from("cluster"),
@@ -258,16 +258,32 @@ pub async fn place_table(session: &mut Session, user: &User, site: &CloneSite) -
     }))
 }
 
-/// Looks at every key; how many there are. A key of another slot came or went when slots were moved.
-async fn require_own_slots(session: &mut Session, slots: &Slots) -> Result<u64> {
-    let mut cursor = b"0".to_vec();
+/// Looks at every key of every database; how many there are. A key of another slot came or went when slots were moved.
+async fn require_own_slots(endpoint: &Endpoint, slots: &Slots) -> Result<u64> {
+    let info = Session::open(endpoint).await?.info(&["keyspace"]).await?;
     let mut keys = 0;
+    for database in info.keys().filter_map(|name| database_number(name)) {
+        keys += require_own_slots_in(endpoint, database, slots).await?;
+    }
+    Ok(keys)
+}
+
+async fn require_own_slots_in(endpoint: &Endpoint, database: u32, slots: &Slots) -> Result<u64> {
+    let mut session = session_in(endpoint, database).await?;
+    let (mut cursor, mut keys, mut count) = (b"0".to_vec(), 0, SCAN_COUNT_MAX);
     loop {
-        let page = session.ask_bytes(&[b"SCAN", &cursor, b"COUNT", SCAN_COUNT.as_bytes()]).await?.list()?;
-        let [next, found] = <[Reply; 2]>::try_from(page)
-            .map_err(|_| Error::new(Kind::Server, "the server's answer to SCAN is no cursor with keys"))?;
-        cursor = next.bytes()?;
-        for key in found.list()? {
+        let (next, found) = match scan(&mut session, &cursor, count).await {
+            Ok(page) => page,
+            // Names may be so long that an answer with so many is too long; what is left of it makes the session useless.
+            Err(_) if count > 1 => {
+                count = (count / 10).max(1);
+                session = session_in(endpoint, database).await?;
+                continue;
+            }
+            Err(error) => return Err(error),
+        };
+        cursor = next;
+        for key in found {
             let slot = slot_of_key(&key.bytes()?);
             if !slots.contains(slot) {
                 return Err(Error::new(
@@ -285,6 +301,21 @@ async fn require_own_slots(session: &mut Session, slots: &Slots) -> Result<u64> 
             return Ok(keys);
         }
     }
+}
+
+async fn session_in(endpoint: &Endpoint, database: u32) -> Result<Session> {
+    let mut session = Session::open(endpoint).await?;
+    session.ask(&["SELECT", &database.to_string()]).await?;
+    Ok(session)
+}
+
+/// One page of keys: where the next one begins, and what is in it.
+async fn scan(session: &mut Session, cursor: &[u8], count: u32) -> Result<(Vec<u8>, Vec<Reply>)> {
+    let count = count.to_string();
+    let page = session.ask_bytes(&[b"SCAN", cursor, b"COUNT", count.as_bytes()]).await?.list()?;
+    let [next, found] = <[Reply; 2]>::try_from(page)
+        .map_err(|_| Error::new(Kind::Server, "the server's answer to SCAN is no cursor with keys"))?;
+    Ok((next.bytes()?, found.list()?))
 }
 
 /// Waits until an accepted clone of a shard serves together with the others, and makes sure that it knows nobody else.

@@ -29,6 +29,7 @@ use crate::engine::redis::keep_expired::{self, Kept};
 use crate::engine::redis::ondisk::aof::select_command;
 use crate::engine::redis::ondisk::manifest::{Manifest, ManifestPart, PartKind};
 use crate::engine::redis::server::stop_now;
+use crate::engine::redis::session::database_number;
 use crate::engine::redis::settings::{APPEND_DIR, APPEND_FILE, QUARANTINE_CONF_FILE, databases_of, quarantine_conf};
 use crate::engine::{CloneSite, LogSource, Progress, Recovered};
 use crate::error::{Context, Error, Kind, Result};
@@ -436,7 +437,7 @@ async fn start(
 
 /// `db0: 12, db3: 4` out of the lines of INFO keyspace: `db0:keys=12,expires=0,avg_ttl=0`.
 fn keys_text(info: &std::collections::BTreeMap<String, String>) -> String {
-    let rows = info.iter().filter(|(name, _)| name.strip_prefix("db").is_some_and(|n| n.parse::<u32>().is_ok()));
+    let rows = info.iter().filter(|(name, _)| database_number(name).is_some());
     let rows = rows.filter_map(|(name, value)| {
         let keys = value.strip_prefix("keys=")?.split(',').next()?;
         Some(format!("{name}: {keys}"))

@@ -250,6 +250,11 @@ impl Session {
     }
 }
 
+/// The number of a database in the name of a line of INFO keyspace, `db3`.
+pub(super) fn database_number(name: &str) -> Option<u32> {
+    name.strip_prefix("db")?.parse().ok()
+}
+
 /// A question on the wire.
 pub(super) fn request_of(words: &[&[u8]]) -> Vec<u8> {
     let mut request = format!("*{}\r\n", words.len()).into_bytes();
