@@ -33,6 +33,7 @@ use crate::support::postgres::free_port;
 
 mod bench;
 mod left_behind;
+mod left_behind_mysql;
 mod log;
 mod purge;
 mod replay;

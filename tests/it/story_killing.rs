@@ -11,7 +11,9 @@ use nix::unistd::Pid;
 use serde_json::Value;
 
 use super::support::hosts::{Host, free_port, wait_for};
-use super::support::matrix::{CloneAt, RedisStreamServer, SourceServer, archived_log, on_every_engine};
+use super::support::matrix::{
+    CloneAt, MySqlServer, RedisStreamServer, SourceServer, archived_log, ask, on_every_engine,
+};
 use super::support::two_hosts::{
     SOON, TwoHosts, Via, difference, job, lasting_objects, processes_in, step, wait_until_ended, wait_until_shipped,
 };
@@ -353,6 +355,45 @@ fn an_agent_or_a_server_killed_during_a_backup_leaves_nothing_and_the_next_backu
     }
     stage.a.keiki_ok(&["backup", "create", "orders"]);
     assert_eq!(stage.source.files(), files_before, "a backup left something on the source's disk");
+    stage.source.write(1);
+    stage.assert_latest_is_exact("whole");
+}
+
+/// The server makes the copy, and goes on with it when nobody waits for it any more.
+#[test]
+fn an_agent_killed_while_mysql_copies_itself_ends_the_copy_when_it_is_back() {
+    let mut stage = TwoHosts::<MySqlServer>::of(Via::Directory);
+    stage.source.fill(150);
+    let in_progress = |source: &MySqlServer| {
+        let sql = "SELECT COUNT(*) AS n FROM performance_schema.clone_status WHERE STATE = 'In Progress'";
+        ask(&source.endpoint(), sql).first("n") == Some("1")
+    };
+    let mut caught = 0;
+    for round in 0..8 {
+        let order = stage.a.json(&["backup", "create", "orders", "--detach"]);
+        let id = order["id"].as_str().unwrap().to_string();
+        let began = Instant::now();
+        while stage.source.copies().is_empty() {
+            assert!(began.elapsed() < SOON, "the server makes no copy: {:#}", job(&stage.a, &id));
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        stage.a.kill_agent();
+        // The copy may have been whole when the agent died.
+        caught += u32::from(in_progress(&stage.source));
+        stage.a.start_agent();
+        let ended = wait_until_ended(&stage.a, &id);
+        assert_eq!(ended["state"], "failed", "{ended:#}");
+        wait_for("the copy to be gone", SOON, || stage.source.copies().is_empty());
+        wait_for("the server to have given up", SOON, || !in_progress(&stage.source));
+        stage.wait_until_archiving();
+        println!("mysql: killed {caught} times while the server copied itself, of {}", round + 1);
+        if caught == 2 {
+            break;
+        }
+    }
+    assert!(caught > 0, "the agent was never killed while the server copied itself");
+    stage.a.keiki_ok(&["backup", "create", "orders"]);
+    assert!(stage.source.copies().is_empty());
     stage.source.write(1);
     stage.assert_latest_is_exact("whole");
 }

@@ -10,6 +10,7 @@ use keiki::engine::mysql::session::{Endpoint, Session};
 
 use super::support::hosts::{Host, HostOptions, Lab, free_port};
 use super::support::mariadb::MariaServer;
+use super::support::mysql::{self, MySqlServer};
 use super::support::postgres::server_user;
 use super::support::redis::{Answer, TestRedis};
 use super::support::redis_stage::RedisStage;
@@ -130,65 +131,112 @@ fn story_passwords_of_postgres_are_changed_across_a_restart_of_the_agent_and_are
 
 #[tokio::test(flavor = "multi_thread")]
 async fn story_passwords_of_mariadb_are_changed_for_every_host_of_a_user_with_the_plugin_it_has() {
-    let lab = Lab::new();
     let source = MariaServer::start(&[]);
-    fs::create_dir(lab.path("repository")).unwrap();
     let clones = format!("[clone.mariadb]\nrun_as = \"{}\"\n", server_user().name);
-    let host = Host::start(
-        &lab,
-        &HostOptions {
-            name: "a",
-            repository: format!("file://{}", lab.path("repository").display()),
-            peers: vec![],
-            sections: clones + &source.instance_section("orders", "ship_every = \"1s\""),
-            listen_port: free_port(),
-            clone_bin_dir: Path::new("/usr/bin"),
-        },
-    );
-    host.keiki_ok(&["repository", "init"]);
-    wait_until_state(&host, "orders", "archiving");
-    for sql in [
-        format!("CREATE USER app@'%' IDENTIFIED BY '{OLD}'"),
-        format!("CREATE USER app@localhost IDENTIFIED BY '{OLD}'"),
+    let statements = [
         format!(
             "CREATE USER app@'10.0.0.%' IDENTIFIED VIA mysql_native_password USING PASSWORD('{OLD}') OR unix_socket"
         ),
         "CREATE USER app@'h3' IDENTIFIED VIA unix_socket".to_string(),
-        format!("CREATE USER clerk@localhost IDENTIFIED BY '{OLD}'"),
         "CREATE ROLE app_role".to_string(),
-    ] {
-        source.sql(&sql).await;
-    }
-    host.keiki_ok(&["backup", "create", "orders"]);
-    let file = password_file(&lab, "new-password", NEW);
-    let typed = format!("app={file}");
-    let port = free_port().to_string();
-    host.keiki_ok(&["clone", "orders", "--as", "copy", "--port", &port, "--password", &typed]);
-    let job = host.json(&["job", "list"])[1].clone();
-    let job = if job["task"]["kind"] == "clone" { job } else { host.json(&["job", "list"])[0].clone() };
-    let said = job["results"].to_string();
-    for part in ["changed, from '%', '10.0.0.%', 'localhost'", "not from 'h3' (unix_socket)"] {
-        assert!(said.contains(part), "'{part}' is not in {said}");
-    }
-    let socket = lab.path("clones-a/copy.run/mysqld.sock");
-    let open = async |user: &str, password: &str| {
-        let endpoint = Endpoint {
-            socket: socket.clone(),
-            user: user.to_string(),
-            password: Some(password.to_string()),
-            run_as: server_user().name,
-        };
-        Session::open(&endpoint).await.map(|_| ())
+    ];
+    let stage = SqlAccounts {
+        endpoint: source.endpoint(),
+        sections: clones + &source.instance_section("orders", "ship_every = \"1s\""),
+        bin_dir: Path::new("/usr/bin"),
+        statements: &statements,
+        unchanged: "not from 'h3' (unix_socket)",
+        strangers: &[("ap", "the nearest names are 'app'"), ("app_role", "'app'")],
     };
-    open("app", NEW).await.unwrap();
-    assert!(open("app", OLD).await.unwrap_err().message().contains("Access denied"));
-    open("clerk", OLD).await.unwrap();
-    assert_nowhere(&lab, NEW, &[&file]);
-    for (name, expected) in [("ap", "the nearest names are 'app'"), ("app_role", "'app'")] {
-        let said = host.keiki_fails(&["clone", "orders", "--as", "other", "--password", &format!("{name}={file}")]);
-        assert!(said.contains(&format!("'{name}': there is no such user")) && said.contains(expected), "{said}");
+    stage.change_passwords().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn story_passwords_of_mysql_are_changed_for_every_host_of_a_user_with_the_plugin_it_has() {
+    let source = MySqlServer::start(&[]).await;
+    let statements = [
+        format!("CREATE USER app@'10.0.0.%' IDENTIFIED WITH caching_sha2_password BY '{OLD}'"),
+        "INSTALL PLUGIN auth_socket SONAME 'auth_socket.so'".to_string(),
+        "CREATE USER app@'h3' IDENTIFIED WITH auth_socket".to_string(),
+    ];
+    let stage = SqlAccounts {
+        endpoint: source.endpoint(),
+        sections: MySqlServer::clone_section() + &source.instance_section("orders"),
+        bin_dir: &mysql::bin_dir(),
+        statements: &statements,
+        unchanged: "not from 'h3' (auth_socket)",
+        strangers: &[("ap", "the nearest names are 'app'")],
+    };
+    stage.change_passwords().await;
+}
+
+/// A server of the MySQL family whose user `app` comes in from several hosts.
+struct SqlAccounts<'a> {
+    endpoint: Endpoint,
+    /// Of a host with the server as instance `orders` and with clones of it.
+    sections: String,
+    bin_dir: &'a Path,
+    /// What makes the accounts of `app` at `10.0.0.%`, and of `h3`, which has no password.
+    statements: &'a [String],
+    /// What is said about the latter.
+    unchanged: &'a str,
+    /// Names that no user has, with a part of what is said of them.
+    strangers: &'a [(&'a str, &'a str)],
+}
+
+impl SqlAccounts<'_> {
+    async fn change_passwords(&self) {
+        let lab = Lab::new();
+        fs::create_dir(lab.path("repository")).unwrap();
+        let options = HostOptions {
+            name: "a",
+            repository: format!("file://{}", lab.path("repository").display()),
+            peers: vec![],
+            sections: self.sections.clone(),
+            listen_port: free_port(),
+            clone_bin_dir: self.bin_dir,
+        };
+        let host = Host::start(&lab, &options);
+        host.keiki_ok(&["repository", "init"]);
+        wait_until_state(&host, "orders", "archiving");
+        let session = Session::open(&self.endpoint).await.unwrap();
+        let everywhere = ["app@'%'", "app@localhost", "clerk@localhost"]
+            .map(|user| format!("CREATE USER {user} IDENTIFIED BY '{OLD}'"));
+        for sql in everywhere.iter().chain(self.statements) {
+            session.execute(sql).await.unwrap_or_else(|error| panic!("{sql}: {error}"));
+        }
+        host.keiki_ok(&["backup", "create", "orders"]);
+        let file = password_file(&lab, "new-password", NEW);
+        let typed = format!("app={file}");
+        let port = free_port().to_string();
+        host.keiki_ok(&["clone", "orders", "--as", "copy", "--port", &port, "--password", &typed]);
+        let jobs = host.json(&["job", "list"]);
+        let job = jobs.as_array().unwrap().iter().find(|job| job["task"]["kind"] == "clone").unwrap();
+        let said = job["results"].to_string();
+        for part in ["changed, from '%', '10.0.0.%', 'localhost'", self.unchanged] {
+            assert!(said.contains(part), "'{part}' is not in {said}");
+        }
+        let socket = lab.path("clones-a/copy.run/mysqld.sock");
+        let open = async |user: &str, password: &str| {
+            let endpoint = Endpoint {
+                socket: socket.clone(),
+                user: user.to_string(),
+                password: Some(password.to_string()),
+                run_as: server_user().name,
+            };
+            Session::open(&endpoint).await.map(|_| ())
+        };
+        open("app", NEW).await.unwrap();
+        assert!(open("app", OLD).await.unwrap_err().message().contains("Access denied"));
+        open("clerk", OLD).await.unwrap();
+        assert_nowhere(&lab, NEW, &[&file]);
+        for (name, expected) in self.strangers {
+            let typed = format!("{name}={file}");
+            let said = host.keiki_fails(&["clone", "orders", "--as", "other", "--password", &typed]);
+            assert!(said.contains(&format!("'{name}': there is no such user")) && said.contains(expected), "{said}");
+        }
+        host.keiki_ok(&["discard", "copy", "--yes"]);
     }
-    host.keiki_ok(&["discard", "copy", "--yes"]);
 }
 
 #[test]

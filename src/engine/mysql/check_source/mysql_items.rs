@@ -16,11 +16,11 @@ pub(super) async fn log_items(session: &Session) -> Result<Vec<CheckItem>> {
     let mut items = Vec::new();
     let mut setting = Settings { session };
     items.push(match setting.get("gtid_mode").await?.as_str() {
-        // 'ON' reads as '1', as of every switch.
+        // 'ON' reads as '1' and 'OFF' as '0', as of every switch.
         "1" => CheckItem::pass("gtid_mode", "ON"),
         value => CheckItem::warn(
             "gtid_mode",
-            format!("{value}: a clone cannot be proved by the names of its transactions, nor made to one of them"),
+            format!("{}: a clone cannot be proved by the names of its transactions, nor made to one of them", if value == "0" { "OFF" } else { value }),
             "turn it on step by step, then take a new backup: see 'Enabling GTID Transactions Online' in MySQL's manual",
         ),
     });

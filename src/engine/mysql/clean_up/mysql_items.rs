@@ -20,30 +20,21 @@ pub(super) async fn clean_up(session: &Session, site: &CloneSite) -> Result<Vec<
             None => "none is configured".to_string(),
         },
     );
-    // Events that were made while the log was replayed are marked as those of a replication source.
-    let replayed = names(
-        session,
-        "SELECT CONCAT('`', REPLACE(EVENT_SCHEMA, '`', '``'), '`.`', REPLACE(EVENT_NAME, '`', '``'), '`') FROM \
-         information_schema.EVENTS WHERE STATUS IN ('SLAVESIDE_DISABLED', 'REPLICA_SIDE_DISABLED') AND ORIGINATOR = \
-         (SELECT @@GLOBAL.server_id) ORDER BY 1",
-    )
-    .await?;
-    let mut made = replayed;
-    if let Some(source) = site.facts.get(fact::SERVER_ID).and_then(|id| id.parse::<u32>().ok()) {
-        made.extend(
-            names(
-                session,
-                &format!(
-                    "SELECT CONCAT('`', REPLACE(EVENT_SCHEMA, '`', '``'), '`.`', REPLACE(EVENT_NAME, '`', '``'), '`') \
-                     FROM information_schema.EVENTS WHERE STATUS IN ('SLAVESIDE_DISABLED', 'REPLICA_SIDE_DISABLED') AND \
-                     ORIGINATOR = {source} ORDER BY 1"
-                ),
-            )
-            .await?,
+    let (turned_on, left) = enable_replayed_events(session, site).await?;
+    if !turned_on.is_empty() {
+        done(
+            "events from the log",
+            format!(
+                "turned on: {}; a server does not keep of events that it replays which of them are disabled",
+                shortened(&turned_on)
+            ),
         );
     }
-    for event in &made {
-        session.execute(&format!("ALTER EVENT {event} ENABLE")).await?;
+    if !left.is_empty() {
+        done(
+            "events left disabled",
+            format!("their names cannot be told in their own character set: {}", shortened(&left)),
+        );
     }
     let enabled = names(
         session,
@@ -84,6 +75,68 @@ pub(super) async fn clean_up(session: &Session, site: &CloneSite) -> Result<Vec<
         );
     }
     Ok(items)
+}
+
+/// Turns on the events that were made while the log was replayed, which are marked as those of a replication source.
+/// Whoever alters an event becomes its definer, and his session's modes become the event's (MySQL manual, "ALTER EVENT
+/// Statement"; `sql/dd/dd_event.cc`, set_event_attributes), so each is altered as if by its own definer. Returns
+/// them, and those that cannot be named there. A replayed event has the same mark whether it was enabled or not
+/// (`sql/event_parse_data.cc`, check_originator_id).
+async fn enable_replayed_events(session: &Session, site: &CloneSite) -> Result<(Vec<String>, Vec<String>)> {
+    let source = site.facts.get(fact::SERVER_ID).and_then(|id| id.parse::<u32>().ok());
+    let source = source.map_or(String::new(), |id| format!(", {id}"));
+    let events = session
+        .query(&format!(
+            "SELECT EVENT_SCHEMA, EVENT_NAME, DEFINER, SQL_MODE, TIME_ZONE, CHARACTER_SET_CLIENT, COLLATION_CONNECTION FROM \
+             information_schema.EVENTS WHERE STATUS IN ('SLAVESIDE_DISABLED', 'REPLICA_SIDE_DISABLED') AND ORIGINATOR IN \
+             (@@GLOBAL.server_id{source}) ORDER BY 1, 2"
+        ))
+        .await?;
+    let (mut turned_on, mut left) = (Vec::new(), Vec::new());
+    session
+        .execute(
+            "SET @keiki_mode = @@SESSION.sql_mode, @keiki_zone = @@SESSION.time_zone, @keiki_characters = \
+             @@SESSION.character_set_client, @keiki_collation = @@SESSION.collation_connection",
+        )
+        .await?;
+    for event in events.rows {
+        let event: Vec<String> = event.into_iter().map(Option::unwrap_or_default).collect();
+        let [schema, name, definer, mode, zone, characters, collation] = event.as_slice() else { continue };
+        let (user, host) = definer.rsplit_once('@').unwrap_or((definer, "%"));
+        let statement = format!(
+            "ALTER DEFINER = {}@{} EVENT {}.{} ENABLE",
+            quoted_name(user),
+            quoted_name(host),
+            quoted_name(schema),
+            quoted_name(name)
+        );
+        if !statement.is_ascii() && !characters.starts_with("utf8") {
+            left.push(format!("{schema}.{name}"));
+            continue;
+        }
+        let set = format!(
+            "SET SESSION sql_mode = {}, time_zone = {}, character_set_client = {}, collation_connection = {}",
+            quoted(mode),
+            quoted(zone),
+            quoted(characters),
+            quoted(collation)
+        );
+        session.execute(&set).await?;
+        session.execute(&statement).await?;
+        turned_on.push(format!("{schema}.{name}"));
+    }
+    session
+        .execute(
+            "SET SESSION sql_mode = @keiki_mode, time_zone = @keiki_zone, character_set_client = @keiki_characters, \
+             collation_connection = @keiki_collation",
+        )
+        .await?;
+    Ok((turned_on, left))
+}
+
+/// A name that stands for itself whatever the modes of the session are.
+fn quoted_name(name: &str) -> String {
+    format!("`{}`", name.replace('`', "``"))
 }
 
 /// Forgets all that is replicated, and removes the relay logs.
