@@ -295,3 +295,42 @@ async fn a_restored_half_cannot_be_started() {
     let error = clone.recover(&source, Target::Latest).await.unwrap_err();
     assert_eq!(error.kind(), Kind::Damaged, "{error}");
 }
+
+#[tokio::test]
+async fn ddl_counts_from_when_it_had_run_and_not_from_when_it_began() {
+    let mut source = Source::start(&[]).await;
+    source.session.execute("CREATE TABLE shop.wide (id INT)").await.unwrap();
+    source.commit_rows(1, 5).await;
+    source.back_up().await;
+    source.commit_rows(6, 10).await;
+    // It waits for a lock, and nothing else is committed meanwhile.
+    let reader = source.server.connect().await;
+    for sql in ["BEGIN", "SELECT COUNT(*) FROM shop.wide"] {
+        reader.query(sql).await.unwrap();
+    }
+    let alter = "ALTER TABLE shop.wide ADD COLUMN extra INT DEFAULT 7";
+    let (altered, moment) = tokio::join!(source.session.execute(alter), async {
+        tokio::time::sleep(std::time::Duration::from_millis(1500)).await;
+        let moment = source.quiet_second().await;
+        tokio::time::sleep(std::time::Duration::from_millis(1500)).await;
+        reader.query("COMMIT").await.unwrap();
+        moment
+    });
+    altered.unwrap();
+    // A session whose clock is wrong: neither is cut off what comes behind it, nor is it in clones of before.
+    for sql in ["SET timestamp = 2000000000", "CREATE TABLE shop.late (id INT)", "SET timestamp = DEFAULT"] {
+        source.session.execute(sql).await.unwrap();
+    }
+    let behind = source.quiet_second().await;
+    source.commit_rows(11, 15).await;
+    source.archive_log().await;
+    let columns = "SELECT COUNT(*) FROM information_schema.COLUMNS WHERE TABLE_SCHEMA = 'shop' AND TABLE_NAME = 'wide'";
+    let late = "SELECT COUNT(*) FROM information_schema.TABLES WHERE TABLE_SCHEMA = 'shop' AND TABLE_NAME = 'late'";
+    for (target, wanted) in [(moment, (10, 1, 0)), (behind, (10, 2, 1))] {
+        let clone = Clone::stage(&source).await;
+        clone.recover(&source, Target::Time(target)).await.unwrap();
+        let session = clone.session().await;
+        let found = (clone.rows().await, session.number(columns).await.unwrap(), session.number(late).await.unwrap());
+        assert_eq!(found, (rows(wanted.0), wanted.1, wanted.2), "{target}");
+    }
+}

@@ -37,8 +37,8 @@ pub struct Transaction {
     /// Offsets in the file: of the event that begins it, and behind its last event.
     pub start: u64,
     pub end: u64,
-    /// MariaDB: when its last statement began, in whole seconds: it was committed then or later, and before the next
-    /// one. MySQL: when it was committed, in microseconds.
+    /// MariaDB: when its last statement began, in whole seconds: it was committed then or later. Of DDL, and of what is
+    /// not transactional, when the statement had run. MySQL: when it was committed, in microseconds.
     pub at: Timestamp,
 }
 

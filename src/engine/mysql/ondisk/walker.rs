@@ -10,6 +10,7 @@ use super::binlog::{
     CHECKSUM_BYTES, ENCRYPTED_MAGIC, EventHeader, FIRST_EVENT_AT, Format, GtidEvent, HEADER_BYTES, IN_USE_AT,
     IN_USE_FLAG, MAGIC, ends_transaction, event_type, goes_before_statement, gtid_list,
 };
+use super::bytes::u32_at;
 use super::gtid_event::{MySqlGtidEvent, previous_gtids};
 use super::transaction::{LogState, Transaction, TransactionId};
 use crate::error::{Error, Kind, Result};
@@ -27,6 +28,8 @@ pub struct Walker {
     offset: u64,
     state: State,
     format: Option<Format>,
+    /// The number of the server that writes the file.
+    writer: Option<u32>,
     /// The start of the header, or of the body, of the event that is being read.
     head: Vec<u8>,
     /// The last bytes of the body.
@@ -73,6 +76,7 @@ impl Walker {
             offset: 0,
             state: State::Magic,
             format: None,
+            writer: None,
             head: Vec::new(),
             tail: Vec::new(),
             group: None,
@@ -88,7 +92,7 @@ impl Walker {
         let state = if offset < FIRST_EVENT_AT { State::Magic } else { State::Header };
         let mut walker =
             Walker { offset, state, format: self.format, event_end: offset, boundary: offset, ..Walker::new() };
-        walker.first_state = self.first_state.clone();
+        (walker.first_state, walker.writer) = (self.first_state.clone(), self.writer);
         walker
     }
 
@@ -206,7 +210,7 @@ impl Walker {
 
     fn end_event(&mut self, header: EventHeader, found: &mut dyn FnMut(Transaction) -> Result<()>) -> Result<()> {
         if header.kind == event_type::FORMAT_DESCRIPTION {
-            self.format = Some(Format::parse(&self.head)?);
+            (self.format, self.writer) = (Some(Format::parse(&self.head)?), Some(header.server));
             return Ok(());
         }
         if self.format.is_none() {
@@ -294,11 +298,24 @@ impl Walker {
             self.group = None;
             let at = match group.ends {
                 Ending::At(_) => group.at,
-                Ending::Commit | Ending::Statement => group.at.max(seconds(header.at_seconds)),
+                Ending::Commit | Ending::Statement => {
+                    self.ended_at(header).unwrap_or_else(|| group.at.max(seconds(header.at_seconds)))
+                }
             };
             return found(Transaction { id: group.id, start: group.start, end: self.offset, at });
         }
         Ok(())
+    }
+
+    /// When the statement that ends a transaction had run, if the event says it: its time is when the statement began, by
+    /// the clock of the session (`SET TIMESTAMP`), and a QUERY has beside it how many seconds by the clock of the server
+    /// went by until it was written (`Query_log_event`, post header: thread, then exec_time). The two together are the
+    /// server's clock. Of an event that came from another server the difference is the delay of replication, too, and
+    /// says nothing.
+    fn ended_at(&self, header: EventHeader) -> Option<Timestamp> {
+        let is_own = header.kind == event_type::QUERY && self.writer == Some(header.server);
+        let ran_seconds = is_own.then(|| u32_at(&self.head, 4)).flatten()?;
+        Some(seconds(header.at_seconds.wrapping_add(ran_seconds)))
     }
 }
 

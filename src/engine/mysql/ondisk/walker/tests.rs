@@ -42,7 +42,12 @@ impl Forge {
     }
 
     fn query(&mut self, at: u32, text: &str) {
+        self.query_that_ran(at, 0, text);
+    }
+
+    fn query_that_ran(&mut self, at: u32, ran_seconds: u32, text: &str) {
         let mut body = vec![0; 13];
+        body[4..8].copy_from_slice(&ran_seconds.to_le_bytes());
         body.extend(b"db\0");
         body.extend(text.as_bytes());
         self.event(event_type::QUERY, at, &body);
@@ -71,6 +76,24 @@ fn sample() -> (Vec<u8>, Vec<u64>) {
     ends.push(log.0.len() as u64);
     log.event(event_type::STOP, 16, &[]);
     (log.0, ends)
+}
+
+#[test]
+fn a_statement_that_is_a_transaction_was_committed_when_it_had_run_whatever_its_session_says() {
+    let mut log = Forge::new();
+    for (sequence, at, ran) in [(1, 100, 0), (2, 101, 300), (3, 2_000_000_000, 402u32.wrapping_sub(2_000_000_000))] {
+        log.gtid(at, sequence, 1);
+        log.query_that_ran(at, ran, "alter table t add c int");
+    }
+    // What another server has made says nothing about this one's clock.
+    let from = log.0.len();
+    log.gtid(403, 4, 1);
+    log.query_that_ran(403, 3600, "alter table t add d int");
+    let bytes = u32::from_le_bytes(log.0[from + 9..from + 13].try_into().unwrap()) as usize;
+    log.0[from + bytes + 5] = 9;
+    let (outcome, found, _) = walk(&log.0, 7);
+    outcome.unwrap();
+    assert_eq!(found.iter().map(|transaction| transaction.at.as_second()).collect::<Vec<_>>(), [100, 401, 402, 403]);
 }
 
 fn walk(bytes: &[u8], piece: usize) -> (Result<()>, Vec<Transaction>, Walker) {
