@@ -23,6 +23,10 @@ use crate::store::read::list_all;
 /// Manifests whose ends are read at the same time.
 const READ_AT_ONCE: usize = 16;
 
+/// A manifest that could not be read is not read again within this time by whoever asks for the newest backup only: that is
+/// asked twice a minute. It may have been damaged on its way only.
+const UNREADABLE_FOR: Duration = Duration::from_secs(3600);
+
 /// The backups of an incarnation.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct BackupList {
@@ -37,6 +41,8 @@ pub struct BackupList {
 pub(in crate::repo) struct KnownBackups {
     /// Of each manifest that was read its size and what it says.
     facts: BTreeMap<BackupId, (u64, Arc<ManifestObject>)>,
+    /// Manifests that could not be read, as they were listed, and when they were read. Not written down.
+    unreadable: BTreeMap<BackupId, (ObjectInfo, Timestamp)>,
     /// What was there when it was listed last. Ids sort by the second in which the backup began.
     listed: Vec<(BackupId, ObjectInfo)>,
     listed_at: Option<Timestamp>,
@@ -70,9 +76,20 @@ impl KnownBackups {
         (*size_bytes == info.size_bytes).then(|| object.clone())
     }
 
+    fn note_unreadable(&mut self, id: BackupId, info: ObjectInfo, at: Timestamp) {
+        self.unreadable.insert(id, (info, at));
+    }
+
+    /// Whether this very object could not be read a short time ago.
+    fn was_unreadable(&self, id: &BackupId, info: &ObjectInfo, now: Timestamp) -> bool {
+        self.unreadable.get(id).is_some_and(|(known, at)| known == info && is_within(*at, now, UNREADABLE_FOR))
+    }
+
     fn set_listed(&mut self, listed: Vec<(BackupId, ObjectInfo)>, at: Timestamp) {
         let before = self.facts.len();
-        self.facts.retain(|id, _| listed.binary_search_by(|(other, _)| other.cmp(id)).is_ok());
+        let is_listed = |id: &BackupId| listed.binary_search_by(|(other, _)| other.cmp(id)).is_ok();
+        self.facts.retain(|id, _| is_listed(id));
+        self.unreadable.retain(|id, _| is_listed(id));
         self.changes += (before - self.facts.len()) as u64;
         (self.listed, self.listed_at) = (listed, Some(at));
     }
@@ -136,6 +153,10 @@ impl Backups {
         for (id, info) in self.listed(incarnation, &remembered, max_age).await?.into_iter().rev() {
             if newest.as_ref().is_some_and(|newest| newest.id.second() != id.second()) {
                 break;
+            }
+            let now = self.repo.local_copy().clock().now();
+            if remembered.with_backups(|known| known.was_unreadable(&id, &info, now)) {
+                continue;
             }
             match self.facts(incarnation, &remembered, &id, &info).await {
                 Ok(object) if is_meant(&object.backup) => {
@@ -203,8 +224,12 @@ impl Backups {
         if let Some(object) = remembered.with_backups(|known| known.fact(id, info)) {
             return Ok(object);
         }
-        let (_, object) = open_manifest(&self.repo, incarnation, id, info).await?;
-        let object = Arc::new(object);
+        let outcome = open_manifest(&self.repo, incarnation, id, info).await;
+        if outcome.as_ref().is_err_and(is_unreadable) {
+            let now = self.repo.local_copy().clock().now();
+            remembered.with_backups(|known| known.note_unreadable(id.clone(), info.clone(), now));
+        }
+        let object = Arc::new(outcome?.1);
         remembered.with_backups(|known| known.remember(id.clone(), info.size_bytes, object.clone()));
         Ok(object)
     }

@@ -369,6 +369,33 @@ async fn a_damaged_manifest_does_not_hide_the_other_backups() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn who_asks_for_the_newest_backup_again_and_again_reads_a_damaged_manifest_once() {
+    let site = site().await;
+    small_backup(&site).await;
+    let manifest = keys(&site, "backups/").await.remove(0);
+    let good = site.read_object(&manifest).await;
+    let mut bad = good.to_vec();
+    bad[20] ^= 1;
+    let last = bad.len() - 1;
+    bad[last] ^= 1;
+    site.replace_object(&manifest, bad).await;
+    let repo = Repository::open(site.repo.store().clone()).await.unwrap();
+    let backups = Backups::new(repo);
+    let newest = || backups.newest(site.incarnation, std::time::Duration::ZERO, |_| true);
+    assert_eq!(newest().await.unwrap(), None);
+    let gets = site.faults.calls(Operation::Get);
+    for _ in 0..3 {
+        assert_eq!(newest().await.unwrap(), None);
+    }
+    assert_eq!(site.faults.calls(Operation::Get), gets);
+    // Who lists all of them looks himself, and another object is another matter.
+    assert_eq!(backups.list(site.incarnation).await.unwrap().unreadable.len(), 1);
+    assert!(site.faults.calls(Operation::Get) > gets);
+    site.replace_object(&manifest, good.to_vec()).await;
+    assert_eq!(newest().await.unwrap().unwrap().id, backup_id(1));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_body_that_stops_is_a_temporary_error_and_not_damage() {
     let site = site().await;
     small_backup(&site).await;
