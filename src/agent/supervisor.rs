@@ -3,7 +3,7 @@
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use tokio_util::sync::CancellationToken;
@@ -12,6 +12,7 @@ use crate::agent::config::InstanceConfig;
 use crate::agent::repository::RepositoryHandle;
 use crate::base::clock::Clock;
 use crate::base::durable;
+use crate::base::retry::RetryPolicy;
 use crate::base::users::User;
 use crate::engine::Engine;
 use crate::error::{Error, Kind, Result};
@@ -25,11 +26,15 @@ use crate::model::window::Hole;
 use crate::peer::access::Caller;
 use crate::peer::api::{InstanceState, InstanceStatus};
 use crate::repo::backup_reader::Backups;
+use crate::repo::repository::Repository;
 
 /// How long to wait before a server or a repository that was not there is looked at again.
 const LOOK_AGAIN: Duration = Duration::from_secs(2);
 /// After a refusal that somebody must act on there is no hurry, but acting must be enough: no restart is needed.
 const LOOK_AGAIN_AFTER_REFUSAL: Duration = Duration::from_secs(15);
+/// The longest wait after failures in a row, each of which cost the repository requests: a claim some, one that ends in a
+/// conflict a listing of the log, too.
+const LOOK_AGAIN_MAX: Duration = Duration::from_secs(30);
 
 /// How often somebody who waits for the first look asks.
 const FIRST_LOOK_POLL: Duration = Duration::from_millis(50);
@@ -96,8 +101,16 @@ impl Supervisor {
     /// Claims and ships until the agent stops.
     async fn run(&self) {
         let mut holder = self.around.holder.clone();
+        let mut failures = 0u32;
         while !self.stop.is_cancelled() {
-            let error = match self.claim(holder.clone()).await {
+            let began = Instant::now();
+            let ready = self.ready().await;
+            failures = if ready.is_ok() { failures.saturating_add(1) } else { 0 };
+            let claimed = match ready {
+                Ok(repository) => self.claim(repository, holder.clone()).await,
+                Err(error) => Err(error),
+            };
+            let error = match claimed {
                 Ok(archiver) => {
                     tracing::info!("archiving '{}' as incarnation {}", self.config.name, archiver.incarnation());
                     self.lock().archiver = Some(archiver.clone());
@@ -106,6 +119,9 @@ impl Supervisor {
                     match ended {
                         Ok(()) => return,
                         Err(error) => {
+                            if began.elapsed() > LOOK_AGAIN_MAX {
+                                failures = 1;
+                            }
                             if archiver.lease().is_lost_to_copy() {
                                 holder.run = RunId::fresh();
                             }
@@ -124,7 +140,7 @@ impl Supervisor {
             if is_news {
                 tracing::warn!("not archiving '{}': {error}", self.config.name);
             }
-            let pause = if is_refusal(&error) { LOOK_AGAIN_AFTER_REFUSAL } else { LOOK_AGAIN };
+            let pause = pause_after(&error, failures);
             self.lock().obstacle = Some(error);
             tokio::select! {
                 () = self.stop.cancelled() => {}
@@ -133,8 +149,14 @@ impl Supervisor {
         }
     }
 
-    async fn claim(&self, holder: LeaseHolder) -> Result<Arc<Archiver>> {
+    /// The repository, if it could be opened and the server is there: only then is it asked about the instance.
+    async fn ready(&self) -> Result<Arc<Repository>> {
         let repository = self.around.repository.repository().await?;
+        self.engine.identify().await?;
+        Ok(repository)
+    }
+
+    async fn claim(&self, repository: Arc<Repository>, holder: LeaseHolder) -> Result<Arc<Archiver>> {
         let options = ArchiverOptions { ship_every: self.config.ship_every, parallel_files: self.around.ship_lanes };
         Archiver::claim(
             &self.config.name,
@@ -302,6 +324,17 @@ fn state_of(state: ArchiveState) -> InstanceState {
     }
 }
 
+/// How long to wait after a failure; `failures` counts those in a row for which the repository was asked, and is 0 if it was
+/// not. Another agent that has the lease costs little, and may stop at any moment.
+fn pause_after(error: &Error, failures: u32) -> Duration {
+    let first_wait = if is_refusal(error) { LOOK_AGAIN_AFTER_REFUSAL } else { LOOK_AGAIN };
+    if failures <= 1 || error.kind() == Kind::Fenced {
+        return first_wait;
+    }
+    let policy = RetryPolicy { first_wait, longest_wait: LOOK_AGAIN_MAX, ..RetryPolicy::forever() };
+    policy.wait_after(failures).max(first_wait)
+}
+
 /// Whether somebody must act before it is worth trying again.
 fn is_refusal(error: &Error) -> bool {
     matches!(error.kind(), Kind::Fenced | Kind::Conflict)
@@ -324,4 +357,26 @@ fn fill_from_archiver(status: &mut InstanceStatus, archiver: &Archiver) {
     status.backlog_bytes = now.backlog_bytes;
     status.backlog_seconds = now.backlog_seconds;
     status.problem = now.problem;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_claim_that_goes_on_failing_is_tried_less_and_less_often_if_it_costs_requests() {
+        let pauses = |kind, asked: bool| -> Vec<u64> {
+            let error = Error::new(kind, "no");
+            (1..=8).map(|count| pause_after(&error, if asked { count } else { 0 }).as_secs()).collect()
+        };
+        // A server or a repository that is not there, and an agent that holds the lease.
+        assert_eq!(pauses(Kind::Unreachable, false), [2; 8]);
+        assert_eq!(pauses(Kind::Fenced, true), [15; 8]);
+        for (kind, first) in [(Kind::Forbidden, 2), (Kind::Unreachable, 2), (Kind::Conflict, 15)] {
+            let pauses = pauses(kind, true);
+            assert_eq!(pauses[0], first);
+            assert!(pauses.iter().all(|pause| (first..=30).contains(pause)), "{pauses:?}");
+            assert!(pauses[5..].iter().all(|pause| *pause >= 15), "{pauses:?}");
+        }
+    }
 }
