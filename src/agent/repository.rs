@@ -1,16 +1,17 @@
 //! The repository as the agent sees it: opened when it is first reachable, and asked for by everybody who needs it.
 
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use arc_swap::ArcSwapOption;
 use async_trait::async_trait;
+use jiff::Timestamp;
 use tokio::sync::OnceCell;
 
 use crate::agent::config::{Config, RepositoryUrl, S3Config};
 use crate::agent::peers::Peers;
-use crate::base::clock::Clock;
+use crate::base::clock::{Clock, is_within};
 use crate::base::rate::RateLimit;
 use crate::error::{Error, Kind, Result};
 use crate::job::ports::RepositoryDoor;
@@ -24,6 +25,8 @@ use crate::store::s3::{Bandwidth, S3Options, S3Store, Timeouts};
 /// of a store that is refused, whose error says more than that there was no answer.
 const LOOK_MAX: Duration = Duration::from_secs(8);
 
+const ABORT_STALE_UPLOADS_EVERY: Duration = Duration::from_secs(24 * 3600);
+
 /// The configured place and, once it could be opened, the repository there.
 pub struct RepositoryHandle {
     url: RepositoryUrl,
@@ -35,6 +38,7 @@ pub struct RepositoryHandle {
     /// One for the whole agent, with its connections and its limits.
     s3: OnceCell<S3Store>,
     opened: ArcSwapOption<Repository>,
+    stale_uploads_aborted_at: Mutex<Option<Timestamp>>,
 }
 
 impl RepositoryHandle {
@@ -51,6 +55,7 @@ impl RepositoryHandle {
             },
             s3: OnceCell::new(),
             opened: ArcSwapOption::empty(),
+            stale_uploads_aborted_at: Mutex::default(),
         }
     }
 
@@ -71,17 +76,29 @@ impl RepositoryHandle {
         let (store, _) = MeteredStore::around(self.store().await?, self.clock.clone());
         let (dir, clock) = (self.local_copy_dir.clone(), self.clock.clone());
         let repository = Repository::open_with_local_copy(store, dir, clock).await?;
-        if self.opened.swap(Some(repository.clone())).is_none()
-            && let Some(s3) = self.s3.get().cloned()
-        {
-            // Nobody waits for it, and next time will do as well.
-            tokio::spawn(async move {
-                if let Err(error) = s3.abort_stale_uploads().await {
-                    tracing::info!("{error}");
-                }
-            });
-        }
+        self.opened.store(Some(repository.clone()));
+        self.abort_stale_uploads_once_a_day();
         Ok(repository)
+    }
+
+    /// Throws away what dead writers have left in a bucket, if that was not done within the last day.
+    pub fn abort_stale_uploads_once_a_day(&self) {
+        let (Some(_), Some(s3)) = (self.opened.load_full(), self.s3.get().cloned()) else { return };
+        let now = self.clock.now();
+        {
+            // Held for a look and an assignment only, which cannot panic.
+            let mut at = self.stale_uploads_aborted_at.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+            if at.is_some_and(|at| is_within(at, now, ABORT_STALE_UPLOADS_EVERY)) {
+                return;
+            }
+            *at = Some(now);
+        }
+        // Nobody waits for it, and next time will do as well.
+        tokio::spawn(async move {
+            if let Err(error) = s3.abort_stale_uploads().await {
+                tracing::info!("{error}");
+            }
+        });
     }
 
     /// Makes the configured place a repository; one that is there already is an error that says so.

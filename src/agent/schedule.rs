@@ -39,6 +39,7 @@ pub async fn run(host: Arc<Host>) {
             () = host.clock.sleep(LOOK_EVERY) => {}
         }
         host.repository.save_local_copy(false).await;
+        host.repository.abort_stale_uploads_once_a_day();
         let now = host.clock.now();
         for instance in host.instances() {
             let name = &instance.config.name;

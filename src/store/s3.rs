@@ -275,19 +275,26 @@ impl S3Store {
     /// The same for another age. The age is by the clock of this host and what the server says about the begin, so it
     /// should be large beside the difference of clocks that servers allow.
     pub async fn abort_uploads_older_than(&self, age: Duration) -> Result<usize> {
-        let unfinished = match self.ask("cannot list unfinished uploads", || self.bucket().unfinished_uploads()).await {
-            Err(error) if error.kind() == Kind::Unsupported => return Ok(0),
-            other => other?,
-        };
         let oldest = self.inner.clock.now().as_second() - i64::try_from(age.as_secs()).unwrap_or(i64::MAX);
         let mut aborted = 0;
-        for upload in unfinished.iter().filter(|upload| upload.begun_at < oldest) {
-            tracing::info!("aborting an upload of '{}' that a dead writer left", upload.name);
-            let what = format!("cannot abort an upload of '{}'", upload.name);
-            self.ask(&what, || self.bucket().abort_upload(&upload.name, &upload.id)).await?;
-            aborted += 1;
+        let mut after = None;
+        loop {
+            let list = || self.bucket().unfinished_uploads(after.clone());
+            let (unfinished, next) = match self.ask("cannot list unfinished uploads", list).await {
+                Err(error) if error.kind() == Kind::Unsupported => return Ok(aborted),
+                other => other?,
+            };
+            for upload in unfinished.iter().filter(|upload| upload.begun_at < oldest) {
+                tracing::info!("aborting an upload of '{}' that a dead writer left", upload.name);
+                let what = format!("cannot abort an upload of '{}'", upload.name);
+                self.ask(&what, || self.bucket().abort_upload(&upload.name, &upload.id)).await?;
+                aborted += 1;
+            }
+            if next.is_none() {
+                return Ok(aborted);
+            }
+            after = next;
         }
-        Ok(aborted)
     }
 }
 

@@ -329,3 +329,38 @@ async fn a_listing_that_goes_on_and_does_not_say_how_is_an_error_and_not_its_end
         }
     }
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn uploads_that_dead_writers_left_go_also_behind_the_first_page_of_them() {
+    let dir = TempDir::new().unwrap();
+    let aborted = Arc::new(Mutex::new(Vec::new()));
+    let seen = aborted.clone();
+    let port = server(move |socket| {
+        each_request(&socket, |line, answer| {
+            if line.starts_with("DELETE") {
+                seen.lock().unwrap().push(line.split(['?', ' ']).nth(1).unwrap().to_string());
+                return write!(answer, "HTTP/1.1 204 x\r\n\r\n");
+            }
+            let upload = |name: &str| {
+                format!(
+                    "<Upload><Key>x/{name}</Key><UploadId>u</UploadId>\
+                     <Initiated>2026-01-01T00:00:00.000Z</Initiated></Upload>"
+                )
+            };
+            // The server names the key of the repository's prefix, as it does in each answer.
+            let body = if line.contains("key-marker=x%2Fa") && line.contains("upload-id-marker=u") {
+                format!("<ListMultipartUploadsResult>{}</ListMultipartUploadsResult>", upload("b"))
+            } else {
+                format!(
+                    "<ListMultipartUploadsResult><IsTruncated>true</IsTruncated><NextKeyMarker>x/a</NextKeyMarker>\
+                     <NextUploadIdMarker>u</NextUploadIdMarker>{}</ListMultipartUploadsResult>",
+                    upload("a")
+                )
+            };
+            write!(answer, "HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n{body}", body.len())
+        });
+    });
+    let store = open(options(&dir, format!("http://127.0.0.1:{port}"))).await;
+    assert_eq!(store.abort_stale_uploads().await.unwrap(), 2);
+    assert_eq!(*aborted.lock().unwrap(), [format!("/{BUCKET}/x/a"), format!("/{BUCKET}/x/b")]);
+}

@@ -415,9 +415,16 @@ impl Bucket {
         }
     }
 
-    /// The first thousand uploads in parts below the repository's prefix that are not finished.
-    pub async fn unfinished_uploads(&self) -> Result<Vec<Unfinished>> {
+    /// A page of the uploads in parts below the repository's prefix that are not finished: the first one, or the one behind
+    /// the key and the upload that `after` names; and what names the next page. A page whose successor cannot be named is
+    /// the last one.
+    pub async fn unfinished_uploads(
+        &self,
+        after: Option<(String, String)>,
+    ) -> Result<(Vec<Unfinished>, Option<(String, String)>)> {
+        let (key, upload) = after.clone().unzip();
         let request = self.client.list_multipart_uploads().bucket(&self.name).prefix(&self.prefix);
+        let request = request.set_key_marker(key).set_upload_id_marker(upload);
         let output = self.done(Action::List, request.send().await)?;
         let unfinished = output.uploads().iter().filter_map(|upload| {
             Some(Unfinished {
@@ -426,7 +433,9 @@ impl Bucket {
                 begun_at: upload.initiated()?.secs(),
             })
         });
-        Ok(unfinished.collect())
+        let next = output.next_key_marker().filter(|_| output.is_truncated() == Some(true));
+        let next = next.map(|key| (key.to_string(), output.next_upload_id_marker().unwrap_or_default().to_string()));
+        Ok((unfinished.collect(), next.filter(|next| !next.0.is_empty() && after.as_ref() != Some(next))))
     }
 }
 

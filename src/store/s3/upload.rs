@@ -182,7 +182,7 @@ impl Drop for Upload {
         runtime.spawn(async move {
             let what = format!("cannot abort the upload of '{key}'");
             if let Err(error) = store.ask(&what, || store.bucket().abort_upload(key.as_str(), &id)).await {
-                tracing::info!("{error}; it is aborted a day later");
+                tracing::info!("{error}; it is aborted after a day");
             }
         });
     }
