@@ -42,13 +42,40 @@ const PATIENCE: Duration = Duration::from_secs(20);
 const ACKNOWLEDGEMENT_WANTED: &[u8] = b"$6\r\nGETACK\r\n$1\r\n*\r\n";
 const MOVED_BYTES_MIN: u64 = 64 << 10;
 const POLL: Duration = Duration::from_millis(10);
+/// Whoever waits has asked the server a moment ago.
+const FORMER_IDS_KEPT: usize = 16;
 
 /// How the link is.
 #[derive(Debug, Clone, Default)]
 struct LinkState {
     /// Nothing while there is no link.
     place: Option<Place>,
+    /// Ids that the same stream had before: its offsets go on under the present one.
+    former: Vec<String>,
     problem: Option<Error>,
+}
+
+impl LinkState {
+    /// Whether everything up to this offset of this history was received.
+    fn has(&self, history: &str, offset: u64) -> bool {
+        self.place.as_ref().is_some_and(|place| place.offset >= offset) && self.is_of(history)
+    }
+
+    /// Whether what comes belongs to this history or goes on from it.
+    fn is_of(&self, history: &str) -> bool {
+        let is_present = self.place.as_ref().is_some_and(|place| place.history == history);
+        is_present || self.former.iter().any(|former| former == history)
+    }
+
+    /// The stream goes on under another id.
+    fn rename(&mut self, place: Place, before: String) {
+        if place.history != before {
+            self.former.push(before);
+            let more = self.former.len().saturating_sub(FORMER_IDS_KEPT);
+            self.former.drain(..more);
+        }
+        (self.place, self.problem) = (Some(place), None);
+    }
 }
 
 struct Shared {
@@ -112,34 +139,47 @@ impl Follower {
     /// Waits until the link is there. To be asked before the server is: it begins another history when it first has a
     /// replica.
     pub(super) async fn wait_until_following(&self) -> Result<()> {
-        self.wait_until(|_| true).await
+        self.wait_until(|link| link.place.is_some(), |_| false).await
     }
 
     /// Waits until everything up to this offset of this history is in the spool.
     pub(super) async fn wait_for(&self, history: &str, offset: u64) -> Result<()> {
-        self.wait_until(|place| place.history == history && place.offset >= offset).await
+        self.wait_until(|link| link.has(history, offset), |link| link.is_of(history)).await
     }
 
-    async fn wait_until(&self, is_there: impl Fn(&Place) -> bool) -> Result<()> {
+    /// Waits for longer than usual only while what comes `is_awaited`.
+    async fn wait_until(
+        &self,
+        is_there: impl Fn(&LinkState) -> bool,
+        is_awaited: impl Fn(&LinkState) -> bool,
+    ) -> Result<()> {
         let mut link = self.shared.link.subscribe();
         let mut deadline = Instant::now() + PATIENCE;
         let mut moved = None;
         loop {
-            let LinkState { place, problem } = link.borrow_and_update().clone();
-            if place.as_ref().is_some_and(&is_there) {
+            let state = link.borrow_and_update().clone();
+            if is_there(&state) {
                 return Ok(());
             }
+            let is_awaited = is_awaited(&state);
+            let LinkState { place, problem, .. } = state;
             // Waiting does not change what somebody must act on.
             if problem.is_some_and(|problem| !problem.is_temporary()) {
                 return Err(self.problem(place));
             }
             // As long as much comes, a long command is on its way; a server that only says that it is there is not waited for.
             let offset = place.as_ref().map(|place| place.offset);
-            if moved.zip(offset).is_some_and(|(before, now): (u64, u64)| now.saturating_sub(before) > MOVED_BYTES_MIN) {
+            if is_awaited
+                && moved
+                    .zip(offset)
+                    .is_some_and(|(before, now): (u64, u64)| now.saturating_sub(before) > MOVED_BYTES_MIN)
+            {
                 (moved, deadline) = (offset, Instant::now() + PATIENCE);
             }
             moved = moved.or(offset);
-            if tokio::time::timeout_at(deadline, link.changed()).await.is_err() {
+            // Where something changes all the time, the timeout alone would never be looked at.
+            let is_late = Instant::now() >= deadline;
+            if is_late || tokio::time::timeout_at(deadline, link.changed()).await.is_err() {
                 return Err(self.problem(place));
             }
         }
@@ -207,7 +247,7 @@ async fn keep_following(shared: &Arc<Shared>) {
             tracing::warn!("instance '{}': the replica link is down: {text}", shared.source.name);
             told = Some(text);
         }
-        shared.link.send_replace(LinkState { place: None, problem: Some(error) });
+        shared.link.send_modify(|link| (link.place, link.problem) = (None, Some(error)));
         tokio::time::sleep(PAUSE_BEFORE_RETRY).await;
     }
 }
@@ -272,6 +312,7 @@ async fn follow(shared: &Arc<Shared>) -> Result<std::convert::Infallible> {
 /// Goes on where the spool ends. Nothing if the server would rather send a snapshot.
 async fn resume(shared: &Arc<Shared>, place: &Place) -> Result<Option<Link>> {
     let Some((link, history)) = attach(shared, place).await? else { return Ok(None) };
+    let before = place.history.clone();
     let place = Place { history, ..place.clone() };
     let id = place.history.clone();
     shared
@@ -280,7 +321,7 @@ async fn resume(shared: &Arc<Shared>, place: &Place) -> Result<Option<Link>> {
             Ok(())
         })
         .await?;
-    shared.link.send_replace(LinkState { place: Some(place), problem: None });
+    shared.link.send_modify(|link| link.rename(place, before));
     Ok(Some(link))
 }
 
@@ -332,7 +373,7 @@ async fn begin(
     }
     let (now, first) = (Timestamp::now().as_millisecond(), place.clone());
     shared.with_spool(move |spool| spool.begin_anew(first, now)).await?;
-    shared.link.send_replace(LinkState { place: Some(place), problem: None });
+    shared.link.send_replace(LinkState { place: Some(place), ..LinkState::default() });
     Ok(Some(link))
 }
 
@@ -410,6 +451,19 @@ mod tests {
 
     fn info(lines: &[(&str, &str)]) -> BTreeMap<String, String> {
         lines.iter().map(|(key, value)| (key.to_string(), value.to_string())).collect()
+    }
+
+    #[test]
+    fn who_waits_for_an_offset_gets_it_also_when_the_stream_has_another_id_by_then() {
+        let place = |history: &str, offset| Place { history: history.into(), offset };
+        let mut link = LinkState { place: Some(place("first", 100)), ..LinkState::default() };
+        assert!(link.has("first", 100) && !link.has("first", 101) && !link.has("second", 1));
+        link.rename(place("second", 120), "first".into());
+        assert!(link.has("first", 110) && link.has("second", 120) && !link.has("first", 121) && !link.has("other", 1));
+        link.rename(place("second", 130), "second".into());
+        assert_eq!(link.former, ["first"]);
+        link.place = None;
+        assert!(!link.has("first", 1));
     }
 
     #[test]

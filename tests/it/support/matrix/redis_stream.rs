@@ -5,6 +5,7 @@
 //! which are compared by DUMP. A file ends where the stream goes on under another id, as after a failover.
 
 use std::fs::File;
+use std::io::{BufRead, BufReader};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -18,7 +19,7 @@ pub(super) const SPOOL_DIR: &str = "keiki-stream";
 pub(super) const SETTINGS: [(&str, &str); 4] = [
     ("appendonly", "no"),
     ("save", "3600 1000000"),
-    ("repl-backlog-size", "64mb"),
+    ("repl-backlog-size", "1gb"),
     // How long it waits for other replicas before it sends a snapshot says nothing here.
     ("repl-diskless-sync-delay", "0"),
 ];
@@ -56,9 +57,11 @@ fn wait_until_written_down(server: &TestRedis) -> bool {
 }
 
 fn is_written_down(server: &TestRedis) -> bool {
-    let id = server.info("master_replid").into_bytes();
-    let newest = log_files(server).pop().and_then(|(_, path)| std::fs::read(path).ok()).unwrap_or_default();
-    newest.windows(id.len()).any(|bytes| bytes == id)
+    let id = server.info("master_replid");
+    let mut head = String::new();
+    // The first line says the id.
+    let newest = log_files(server).pop().and_then(|(_, path)| File::open(path).ok());
+    newest.is_some_and(|file| BufReader::new(file).read_line(&mut head).is_ok_and(|_| head.contains(&id)))
 }
 
 /// Whether an agent has the files: a lock tells, which goes with the agent.
