@@ -30,7 +30,7 @@ pub mod postgres;
 pub mod redis;
 mod server_log;
 
-pub use geometry::{LogGeometry, log_geometry};
+pub use geometry::{LogGeometry, log_counts_in_seconds, log_geometry};
 
 /// What a server says about itself.
 #[derive(Debug, Clone, PartialEq, Eq)]

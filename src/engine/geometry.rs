@@ -6,6 +6,7 @@ use std::sync::Arc;
 use crate::engine::fake::geometry::FakeGeometry;
 use crate::engine::mysql::geometry::BinlogGeometry;
 use crate::engine::postgres::geometry::WalGeometry;
+use crate::engine::redis::backup::{LOG_TIMES_FACT, LOG_TIMES_RECEIVED};
 use crate::engine::redis::geometry::AofGeometry;
 use crate::error::Result;
 use crate::model::engine_kind::EngineKind;
@@ -41,5 +42,35 @@ pub fn log_geometry(kind: EngineKind, facts: &BTreeMap<String, String>) -> Resul
         EngineKind::Redis | EngineKind::Valkey => Ok(Arc::new(AofGeometry)),
         EngineKind::Fake => Ok(Arc::new(FakeGeometry)),
         EngineKind::MariaDb | EngineKind::MySql => Ok(Arc::new(BinlogGeometry)),
+    }
+}
+
+/// Whether the log that belongs to a backup with these facts tells times in whole seconds only, so that no clone shows a
+/// moment between two.
+pub fn log_counts_in_seconds(kind: EngineKind, facts: &BTreeMap<String, String>) -> bool {
+    match kind {
+        // The header of an event has its time in seconds (`Log_event::when`), and MariaDB writes no finer one.
+        EngineKind::MariaDb => true,
+        // Unless it is a replication stream, which the agent stamps itself.
+        EngineKind::Redis | EngineKind::Valkey => {
+            facts.get(LOG_TIMES_FACT).is_none_or(|times| times != LOG_TIMES_RECEIVED)
+        }
+        EngineKind::Postgres | EngineKind::MySql | EngineKind::Fake => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_log_of_redis_that_the_agent_stamps_itself_is_finer_than_a_second() {
+        let times = |value: &str| BTreeMap::from([(LOG_TIMES_FACT.to_string(), value.to_string())]);
+        for kind in [EngineKind::Redis, EngineKind::Valkey] {
+            assert!(log_counts_in_seconds(kind, &times("yes")) && log_counts_in_seconds(kind, &BTreeMap::new()));
+            assert!(!log_counts_in_seconds(kind, &times(LOG_TIMES_RECEIVED)));
+        }
+        assert!(log_counts_in_seconds(EngineKind::MariaDb, &times(LOG_TIMES_RECEIVED)));
+        assert!(!log_counts_in_seconds(EngineKind::Postgres, &BTreeMap::new()));
     }
 }

@@ -165,7 +165,11 @@ impl CloneHost {
         }
     }
 
-    async fn backups_of(&self, repository: &Arc<Repository>, incarnation: IncarnationId) -> Result<Vec<Backup>> {
+    pub(super) async fn backups_of(
+        &self,
+        repository: &Arc<Repository>,
+        incarnation: IncarnationId,
+    ) -> Result<Vec<Backup>> {
         let list = Backups::new(repository.clone()).list(incarnation).await?;
         match (list.backups.is_empty(), list.unreadable.into_iter().next()) {
             // Nothing but damage: the damage is the reason, not the absence of backups.

@@ -10,6 +10,7 @@ mod story_cluster;
 mod story_cost;
 mod engine_contract;
 mod story_fencing;
+mod group_in_millis;
 mod story_group;
 mod story_held;
 mod story_schedule;

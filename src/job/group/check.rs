@@ -5,11 +5,13 @@ use std::collections::BTreeMap;
 use jiff::Timestamp;
 
 use super::{GroupWork, Member, TiedMember, Ties};
+use crate::engine::log_counts_in_seconds;
 use crate::error::{Context, Error, Kind, Result};
 use crate::job::clone::check::{self as of_clone, Checked};
 use crate::job::clone::space::space_item;
 use crate::job::clone::{Place, free_ports, ports_of_jobs};
 use crate::job::window::window_of;
+use crate::model::backup::Backup;
 use crate::model::check::{CheckItem, Verdict};
 use crate::model::engine_kind::EngineKind;
 use crate::model::group::GroupOrder;
@@ -131,7 +133,7 @@ async fn check_member(group: &GroupWork, member: &Member, at: Timestamp) -> Resu
 
 /// The moment that the order means for all members: the time that it names, or the newest that all of them can show.
 async fn moment(group: &GroupWork, members: &[Member]) -> Result<(Timestamp, CheckItem)> {
-    let in_seconds = members.iter().find(|member| counts_in_seconds(member.engine));
+    let in_seconds = first_in_seconds(group, members).await?;
     if let Target::Time(at) = group.order.target {
         return match in_seconds.filter(|_| at.subsec_nanosecond() != 0) {
             Some(member) => Err(Error::new(
@@ -163,10 +165,22 @@ async fn moment(group: &GroupWork, members: &[Member]) -> Result<(Timestamp, Che
     Ok((at, CheckItem::pass("moment", found)))
 }
 
-/// Whether the log of an engine tells whole seconds only. That of Redis does unless the agent has stamped it itself, which
-/// is not looked at here.
-fn counts_in_seconds(engine: EngineKind) -> bool {
-    matches!(engine, EngineKind::MariaDb | EngineKind::Redis | EngineKind::Valkey)
+/// The first member whose log tells whole seconds only, by the backup that its clone would begin with.
+async fn first_in_seconds<'m>(group: &GroupWork, members: &'m [Member]) -> Result<Option<&'m Member>> {
+    let repository = group.host.repository.repository().await?;
+    for member in members {
+        let source = group.incarnation_of(member).await?;
+        let backups = group.host.backups_of(&repository, source.id).await.context(|| format!("'{}'", member.source))?;
+        let is_before = |backup: &&Backup| match group.order.target {
+            Target::Time(at) => backup.ended_at <= at,
+            _ => true,
+        };
+        let first = backups.iter().rfind(is_before).or(backups.last());
+        if first.is_some_and(|backup| log_counts_in_seconds(member.engine, &backup.engine_facts)) {
+            return Ok(Some(member));
+        }
+    }
+    Ok(None)
 }
 
 /// The newest moment that a member can show, after everything that it has was shipped.
