@@ -36,6 +36,7 @@ mod redis_left_behind;
 mod redis_saved;
 mod redis_source;
 mod redis_stream;
+mod redis_tools;
 mod store_contract;
 mod story_redis;
 mod story_valkey;

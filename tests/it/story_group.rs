@@ -269,6 +269,7 @@ fn story_group_of_three_engines_is_cloned_held_accepted_and_discarded_as_one() {
     let id = held["id"].as_str().unwrap();
     let done = job(b, id);
     assert_eq!(done["state"], "done", "{done:#}");
+    each_member_reports_its_position_and_time(&done, &table, "check", at);
     let found = scene.found("check", &done);
     assert_eq!(complaints(&entries, at, &found), Vec::<String>::new());
     assert!(found.iter().all(|numbers| !numbers.is_empty() && numbers.len() < entries.len()), "{at} proves nothing");
@@ -292,6 +293,28 @@ fn story_group_of_three_engines_is_cloned_held_accepted_and_discarded_as_one() {
         }
         assert!(b.keiki_fails(&["discard", group, "--yes"]).contains("no clone"));
     }
+}
+
+/// Where each member is in its own log, and when what it executed last was: in JSON, of the group as of the member, and in
+/// the table.
+fn each_member_reports_its_position_and_time(job: &Value, table: &str, group: &str, at: Timestamp) {
+    let mut positions = BTreeSet::new();
+    for member in MEMBERS {
+        let name = format!("{group}-{member}");
+        let members = job["members"].as_array().unwrap();
+        let own = members.iter().find(|job| job["task"]["name"] == name.as_str()).unwrap();
+        let reached = result(own, "reached");
+        let (position, last) = reached.split_once(", last transaction at ").unwrap_or_else(|| panic!("{reached}"));
+        assert!(position.chars().any(|letter| letter.is_ascii_digit()), "'{position}' is no position");
+        let time: Timestamp = last.replacen(' ', "T", 1).parse().unwrap();
+        // The ledger was written to all the time; on a busy machine with pauses.
+        assert!(time <= at && at.duration_since(time).as_secs() < 5, "{name}: {reached} is not {at}");
+        assert!(result(job, &name).contains(&reached), "{job:#}");
+        let row = table.lines().find(|line| line.starts_with(&name)).unwrap_or_else(|| panic!("{table}"));
+        assert!(row.contains(&format!(" {position} ")) && row.contains(last), "{reached} is not in {row}");
+        positions.insert(position.to_string());
+    }
+    assert_eq!(positions.len(), MEMBERS.len(), "{positions:?} are not three places in three logs");
 }
 
 /// What means one member only is refused before anything starts, and says what to do.
