@@ -85,10 +85,15 @@ pub struct Batch {
 }
 
 impl Batch {
-    /// Which of the files the server is in, and where, by what it says; nothing if it names another one.
+    /// Which of the files the server is in, and where, by what it says; nothing if it names another one. It begins a file
+    /// of its own behind them as it starts, and is in that when it has applied them all.
     pub fn place(&self, name: &str, offset: &str) -> Option<(usize, u64)> {
-        let at = self.files.iter().position(|file| file.name == name.rsplit('/').next().unwrap_or(name))?;
-        Some((at, offset.parse().ok()?))
+        let name = name.rsplit('/').next().unwrap_or(name);
+        if let Some(at) = self.files.iter().position(|file| file.name == name) {
+            return Some((at, offset.parse().ok()?));
+        }
+        let number: usize = name.strip_prefix(&self.base)?.strip_prefix('.')?.parse().ok()?;
+        (number > self.files.len()).then_some((self.files.len(), 0))
     }
 
     /// How many of its bytes lie before a place.
@@ -517,5 +522,9 @@ mod tests {
             [0, 600, batch.bytes]
         );
         assert_eq!(batch.place("other.000001", "4"), None);
+        let own = batch.place("./keiki-relay-2.000004", "157").unwrap();
+        assert!(own >= batch.end_at);
+        assert_eq!(batch.bytes_before(own), batch.bytes);
+        assert_eq!(batch.place("keiki-relay-1.000004", "157"), None);
     }
 }
