@@ -27,7 +27,7 @@ build: ## build the optimised binary
 	@echo "built '$(TARGET_DIR)/release/keiki'"
 
 .PHONY: test
-test: install-test-servers lint run-tests story-postgres story-mariadb story-mysql story-redis story-valkey story-s3 ## install what tests need, then lint, every test and the stories
+test: install-test-servers lint run-tests story-postgres story-mariadb story-mysql story-redis story-valkey story-s3 contract-on-ceph ## install what tests need, then lint, every test and the stories
 
 .PHONY: install-test-servers
 install-test-servers: ## install the compiler and the servers that tests need
@@ -94,15 +94,17 @@ demo: install-test-servers ## two agents, a PostgreSQL, a dropped table, and a c
 	@$(CARGO) build --locked --quiet
 	@$(WITH_SERVERS) KEIKI="$(TARGET_DIR)/debug/keiki" packaging/demo$(patsubst %,-%,$(filter-out postgres,$(ENGINE))).sh
 
-# Not part of `test`, which does this on SeaweedFS. The first tries the server that KEIKI_TEST_S3_ENDPOINT, _BUCKET,
-# _CREDENTIALS (and _REGION) name, the second starts a Ceph and tries that.
-ON_NAMED_S3 = $(CARGO) test --locked --test it -- store_contract::of_s3_on_a_real_server:: story_s3:: --nocapture
-.PHONY: contract-on-s3 contract-on-ceph
-contract-on-s3: install-test-servers ## what every store promises, and a story of PostgreSQL, on an S3 server of yours
+# SeaweedFS is the server of all other tests. Here it is the S3 gateway of a Ceph, or the server that
+# KEIKI_TEST_S3_ENDPOINT, _BUCKET, _CREDENTIALS (and _REGION) name.
+CONTRACT_OF_S3 = $(CARGO) test --locked --test it -- store_contract::of_s3_on_a_real_server:: --nocapture
+.PHONY: contract-on-ceph story-on-ceph contract-on-s3
+contract-on-ceph: install-test-servers ## what every store promises, on the S3 gateway of Ceph
+	@$(WITH_SERVERS) packaging/test-ceph.sh $(CONTRACT_OF_S3)
+story-on-ceph: install-test-servers ## the same, and a story of PostgreSQL with its repository there; not part of test
+	@$(WITH_SERVERS) packaging/test-ceph.sh $(CONTRACT_OF_S3) story_s3::
+contract-on-s3: install-test-servers ## both on an S3 server of yours
 	@[ -n "$${KEIKI_TEST_S3_ENDPOINT:-}" ] || { echo "error: no server is named: set KEIKI_TEST_S3_ENDPOINT, _BUCKET and _CREDENTIALS" >&2; exit 2; }
-	@$(WITH_SERVERS) $(ON_NAMED_S3)
-contract-on-ceph: install-test-servers ## the same on the S3 gateway of Ceph
-	@$(WITH_SERVERS) packaging/test-ceph.sh $(ON_NAMED_S3)
+	@$(WITH_SERVERS) $(CONTRACT_OF_S3) story_s3::
 
 # Part of `test` already, through run-tests; here to be run alone, with what they measure.
 .PHONY: story-faults

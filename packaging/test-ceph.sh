@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs a command beside a Ceph with an S3 gateway: a second kind of real S3 server, for the tests that take one which the
-# environment names (KEIKI_TEST_S3_ENDPOINT, _BUCKET, _CREDENTIALS). `make contract-on-ceph` calls it.
+# environment names (KEIKI_TEST_S3_ENDPOINT, _BUCKET, _CREDENTIALS). `make test` calls it.
 #
 #   packaging/test-ceph.sh COMMAND..
 #
