@@ -120,7 +120,7 @@ async fn a_row_that_came_with_no_copy_stops_the_replay_and_the_error_says_which_
     for part in [
         "not InnoDB, so a clone has them without their rows: shop.seats",
         "the server stopped applying the log",
-        "tables that are not InnoDB come without rows; clone to a backup",
+        "tables that are not InnoDB come without rows; clone to the backup",
     ] {
         assert!(said.contains(part), "'{part}' is not in {said}\n{wanted}");
     }

@@ -224,7 +224,7 @@ impl Goal<'_> {
         let log = self.grounds.server.log_file.display();
         let hint = match number == Some(ROW_NOT_FOUND) {
             true => format!(
-                "the copy lacks a row that the log changes: {}; clone to a backup, which replays nothing, or convert the \
+                "the copy lacks a row that the log changes: {}; clone to the backup itself, or convert the \
                  table to InnoDB on the source and take a new backup; the whole log is '{log}'",
                 self.grounds.product.comes_empty()
             ),

@@ -16,6 +16,7 @@ use tokio_util::sync::CancellationToken;
 use crate::base::bulk::run_blocking;
 use crate::base::ownership::{give_to, write_owned};
 use crate::base::users::User;
+use crate::engine::mysql::backup::fact;
 use crate::engine::mysql::geometry::{log_name, log_number};
 use crate::engine::mysql::ondisk::binlog::{EventHeader, FIRST_EVENT_AT, HEADER_BYTES, event_type};
 use crate::engine::mysql::ondisk::transaction::{LogState, Transaction, TransactionId, TransactionRange};
@@ -209,6 +210,10 @@ pub struct Feed {
     /// Where the log ends that was placed so far.
     log_end: Position,
     is_over: bool,
+    /// Every transaction has a name, so that the state at the start of a file proves that none before it is missing.
+    is_proved: bool,
+    /// Where the bytes of the file that was placed last make no sense any more.
+    unreadable_from: Option<u64>,
 }
 
 impl Feed {
@@ -259,6 +264,8 @@ impl Feed {
             start,
             log_end: site.backup_start,
             is_over,
+            is_proved: site.facts.get(fact::GTID_MODE).is_none_or(|mode| mode == "ON"),
+            unreadable_from: None,
         })
     }
 
@@ -302,6 +309,7 @@ impl Feed {
             // What follows an unfinished file in the repository does not follow it in the log: something is missing.
             let is_whole = self.logs.is_sealed(&name).await?;
             self.require_within(&name, bytes, is_whole)?;
+            self.require_proved(&name, is_whole).await?;
             self.is_over |= self.cutter.is_cut || !is_whole;
             self.log_end = match is_whole {
                 true => Position::File { number: self.number + 1, offset: 0 },
@@ -334,6 +342,26 @@ impl Feed {
         }
     }
 
+    /// Refuses a file that makes no sense to its end if others follow it and its transactions have no names: then nothing
+    /// shows whether any are missing. A server that died while it wrote cuts its last file before it begins another one
+    /// (`sql/binlog/recovery.cc`).
+    async fn require_proved(&self, name: &str, is_whole: bool) -> Result<()> {
+        let Some(from) = self.unreadable_from.filter(|_| is_whole && !self.is_proved && !self.cutter.is_cut) else {
+            return Ok(());
+        };
+        match self.logs.available(&log_name(self.number + 1)).await? {
+            None => Ok(()),
+            Some(_) => Err(Error::new(
+                Kind::Damaged,
+                format!("log file '{name}' is no binary log behind offset {from}, and the log goes on in another file"),
+            )
+            .hint(format!(
+                "choose a position up to '{}', or a later backup",
+                Position::File { number: self.number, offset: from }
+            ))),
+        }
+    }
+
     /// Copies one log file as far as it belongs to the target.
     async fn place_file(
         &mut self,
@@ -355,6 +383,7 @@ impl Feed {
         let (head, gap) = self.head_and_gap(name).await.context(what)?;
         let mut walker = Walker::new();
         let mut at = 0;
+        self.unreadable_from = None;
         while at < bytes && !self.cutter.is_cut {
             if cancel.is_cancelled() {
                 return Err(Error::new(Kind::Cancelled, "replay was cancelled"));
@@ -379,6 +408,7 @@ impl Feed {
                 .context(what)?;
             at += count;
             if !is_readable {
+                self.unreadable_from = Some(walker.boundary());
                 break;
             }
             if at == self.offset {
