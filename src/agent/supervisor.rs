@@ -273,6 +273,7 @@ impl Supervisor {
             incarnation: None,
             shipped: None,
             durable: None,
+            durable_at: None,
             backlog_bytes: 0,
             backlog_seconds: 0,
             last_backup: last_backup.map(|backup| (backup.id.to_string(), backup.ended_at)),
@@ -353,7 +354,7 @@ fn fill_from_archiver(status: &mut InstanceStatus, archiver: &Archiver) {
     status.incarnation = Some(archiver.incarnation());
     status.state = state_of(now.state);
     status.shipped = now.shipped;
-    status.durable = now.durable;
+    (status.durable, status.durable_at) = (now.durable, now.durable_at);
     status.backlog_bytes = now.backlog_bytes;
     status.backlog_seconds = now.backlog_seconds;
     status.problem = now.problem;

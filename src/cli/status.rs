@@ -105,6 +105,7 @@ mod tests {
                 incarnation: None,
                 shipped: Some(Position::Wal { timeline: 1, lsn: Lsn(0x300_0000) }),
                 durable: Some(Position::Wal { timeline: 1, lsn: Lsn(0x500_0000) }),
+                durable_at: Some(at("2026-11-21T10:00:00Z")),
                 backlog_bytes: 0x200_0000,
                 backlog_seconds: 75,
                 last_backup: Some(("20261121T090000Z-k3xq".into(), at("2026-11-21T09:00:00Z"))),

@@ -223,6 +223,8 @@ pub struct InstanceStatus {
     /// How far the repository has it, and how far the server is.
     pub shipped: Option<Position>,
     pub durable: Option<Position>,
+    /// When the server was last looked at.
+    pub durable_at: Option<Timestamp>,
     pub backlog_bytes: u64,
     /// Age of the oldest change that is not in the repository, 0 if there is none.
     pub backlog_seconds: u64,

@@ -210,6 +210,7 @@ pub fn instance(instance: &InstanceStatus) -> Value {
         "incarnation": instance.incarnation.map(|id| id.to_string()),
         "shipped": instance.shipped.map(|position| position.to_string()),
         "durable": instance.durable.map(|position| position.to_string()),
+        "durable_at": instance.durable_at.map(|at| at.to_string()),
         "backlog_bytes": instance.backlog_bytes,
         "backlog_seconds": instance.backlog_seconds,
         "last_backup": instance.last_backup.as_ref().map(|(id, at)| json!({ "id": id, "at": at.to_string() })),

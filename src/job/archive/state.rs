@@ -34,6 +34,8 @@ pub struct ArchiveStatus {
     pub shipped: Option<Position>,
     /// Everything before is durable on the server.
     pub durable: Option<Position>,
+    /// When that was so: of when the backlog is, too.
+    pub durable_at: Option<Timestamp>,
     pub backlog_bytes: u64,
     /// Age of the oldest change that is not in the repository, 0 if there is none.
     pub backlog_seconds: u64,
@@ -153,6 +155,7 @@ impl Known {
             engine_version: engine_version.to_string(),
             shipped: self.shipped,
             durable: self.durable.map(|end| end.position),
+            durable_at: self.durable.map(|end| end.observed_at),
             backlog_bytes: self.backlog_bytes,
             backlog_seconds: u64::try_from(behind).unwrap_or(0),
             problem: self.problem.clone(),

@@ -228,6 +228,7 @@ fn status() -> impl Strategy<Value = HostStatus> {
             incarnation: Some(IncarnationId::fresh()),
             shipped,
             durable: None,
+            durable_at: last_backup.as_ref().map(|(_, at)| *at),
             backlog_bytes,
             backlog_seconds: backlog_bytes / 7,
             last_backup,

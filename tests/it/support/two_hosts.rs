@@ -215,9 +215,14 @@ pub fn wait_until_state(host: &Host, instance: &str, state: &str) {
 /// Waits until nothing of an instance's log is missing in the repository.
 pub fn wait_until_shipped(host: &Host, instance: &str) {
     let mut last = Value::Null;
+    // What waits is told as of the last look, which may lie before what the caller has written.
+    let asked_at = jiff::Timestamp::now();
     let shipped = (0..1200).any(|_| {
         last = host.instance(instance);
-        let shipped = last["state"] == "archiving" && last["backlog_bytes"] == 0;
+        let looked_at = last["durable_at"].as_str().and_then(|at| at.parse::<jiff::Timestamp>().ok());
+        let shipped = last["state"] == "archiving"
+            && last["backlog_bytes"] == 0
+            && looked_at.is_some_and(|looked_at| looked_at >= asked_at);
         if !shipped {
             std::thread::sleep(Duration::from_millis(50));
         }
