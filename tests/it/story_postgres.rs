@@ -10,7 +10,7 @@ use keiki::model::position::Lsn;
 use super::support::hosts::{Host, HostOptions, KEIKI, Lab, free_port, instance_section, wait_for};
 use super::support::ledger::{Ledger, Moment, Row, compare, connect, ids, lsn_now};
 use super::support::postgres::{TestServer, Version};
-use super::support::s3::{fresh_prefix, named};
+use super::support::s3::{fresh_prefix, in_process, named};
 use super::support::two_hosts::Via;
 
 const WRITERS: u32 = 4;
@@ -40,6 +40,8 @@ pub enum Home {
     Directory,
     /// A bucket of a real S3 server.
     Bucket,
+    /// A bucket of s3s-fs.
+    InProcess,
 }
 
 /// Tells the whole story; `via` is how the target reaches the repository.
@@ -59,6 +61,7 @@ async fn story(version: Version, home: Home, via: Via) -> (usize, Vec<String>) {
             format!("file://{}", directory.display())
         }
         Home::Bucket => named::repository_lines(&fresh_prefix()),
+        Home::InProcess => in_process::repository_lines(&lab.path("s3")).await,
     };
     let socket = lab.path("host-a").join("keiki.sock");
     let archive_command = format!("'{KEIKI}' --socket '{}' wal-push %p", socket.display());

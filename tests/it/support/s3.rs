@@ -331,6 +331,16 @@ pub mod in_process {
         }
     }
 
+    /// What the configuration says about such a server that ignores conditions.
+    pub async fn repository_lines(dir: &Path) -> String {
+        let options = start(dir, Conditions::Ignored).await;
+        format!(
+            "url = \"s3://{BUCKET}/in/process\"\nendpoint = \"{}\"\ncredentials_file = \"{}\"",
+            options.endpoint.unwrap(),
+            dir.join("keys").display()
+        )
+    }
+
     struct Careless {
         inner: FileSystem,
         conditions: Conditions,
