@@ -18,7 +18,7 @@ use crate::engine::geometry::log_geometry;
 use crate::engine::{CleanUpItem, CloneEngine, CloneSite, Recovered};
 use crate::error::{Error, Kind, Result};
 use crate::job::ports::{InstanceRegistry, RepositoryDoor, SourceAgents};
-use crate::job::window::confirm_log;
+use crate::job::window::{confirm_log, require_log};
 use crate::job::{JobRunner, Restart, StepContext, StepPlan, UndoCause, Work, journal, secrets};
 use crate::model::backup::Backup;
 use crate::model::check::{CheckItem, Verdict};
@@ -67,6 +67,8 @@ mod facts {
     pub const ENGINE: &str = "engine";
     pub const BACKUP: &str = "backup";
     pub const LOG_END: &str = "log_end";
+    /// How far the contiguous log of the backup reached when the clone was checked.
+    pub const LOG_REACHED: &str = "log_reached";
     pub const DEPARTED_AT: &str = "departed_at";
     pub const INCARNATION: &str = "incarnation";
     pub const BEGAN_AT: &str = "incarnation_began_at";
@@ -258,6 +260,7 @@ impl CloneWork {
             many => format!("{many} warnings"),
         });
         context.record(facts::BACKUP, choice.backup.id.to_string()).await?;
+        context.record(facts::LOG_REACHED, choice.log_end.to_string()).await?;
         if let Some(end) = log_end {
             context.record(facts::LOG_END, end.to_string()).await?;
         }
@@ -294,6 +297,9 @@ impl CloneWork {
         }
         // Hours may have passed since the check. From here on the log is what it is now.
         confirm_log(&repository, &source, reader.backup()).await?;
+        if let Some(reached) = context.fact(facts::LOG_REACHED) {
+            require_log(&repository, &source, reader.backup(), Position::parse(&reached)?).await?;
+        }
         let catalogue = LogCatalogue::look(&repository, source.id).await?.snapshot();
         let geometry = log_geometry(source.engine, &site.facts)?;
         let end = context.fact(facts::LOG_END).map(|text| Position::parse(&text)).transpose()?;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use jiff::Timestamp;
 
 use crate::engine::{LogGeometry, log_geometry};
-use crate::error::Result;
+use crate::error::{Error, Kind, Result};
 use crate::model::backup::Backup;
 use crate::model::incarnation::{Incarnation, Lease};
 use crate::model::position::Position;
@@ -127,6 +127,32 @@ pub async fn confirm_log(repo: &Arc<Repository>, incarnation: &Incarnation, back
     let before = catalogue.changes();
     catalogue.refresh_from(first).await?;
     Ok(catalogue.changes() != before)
+}
+
+/// An error unless the log that follows a backup still reaches as far as it did: replay ends where the log ends, and must
+/// not end earlier because log was lost since somebody looked.
+pub async fn require_log(
+    repo: &Arc<Repository>,
+    incarnation: &Incarnation,
+    backup: &Backup,
+    reached: Position,
+) -> Result<()> {
+    let geometry = log_geometry(incarnation.engine, &backup.engine_facts)?;
+    let catalogue = LogCatalogue::look(repo, incarnation.id).await?;
+    let stretches = contiguous(&catalogue, geometry.as_ref())?;
+    let has_start = |stretch: &&Stretch| stretch.from <= backup.start && backup.start <= stretch.to;
+    let found = stretches.iter().find(has_start).map_or(backup.stop, |stretch| stretch.to);
+    if found >= reached {
+        return Ok(());
+    }
+    let name = &incarnation.instance;
+    Err(Error::new(
+        Kind::NotFound,
+        format!("log of '{name}' was lost from the repository since the clone was checked: it reached {reached}, and now {found}"),
+    )
+    .hint(format!(
+        "has somebody deleted objects, or a rule of the bucket? 'keiki window {name}' shows what can be reached now"
+    )))
 }
 
 /// Log that was in the repository once and is not there any more, at its end, where no later log shows the hole.

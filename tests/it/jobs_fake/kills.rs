@@ -7,8 +7,7 @@ use super::*;
 const STEPS: [&str; 6] = ["claim", "check", "stage", "recover", "clean up", "accept"];
 
 /// Kills the agent at a moment of a clone and returns the order.
-async fn die_at(world: &World, moment: Moment) -> Order {
-    let order = clone_order("check", Target::Latest);
+async fn die_at(world: &World, moment: Moment, order: Order) -> Order {
     let agent = world.agent().await;
     *world.death.at.lock().unwrap() = Some(moment);
     agent.submit(order.clone()).await.unwrap();
@@ -28,7 +27,7 @@ async fn a_clone_whose_agent_dies_at_any_boundary_of_its_steps_is_finished_by_th
             world.write(100);
             world.archiver.ship_now().await.unwrap();
             let before = world.archive_of(world.archiver.incarnation()).await;
-            let order = die_at(&world, moment).await;
+            let order = die_at(&world, moment, clone_order("check", Target::Latest)).await;
             let agent = world.agent().await;
             let report = agent.wait(order.id).await.unwrap();
             assert_eq!(report.state, JobState::Done, "{moment:?}: {:?}", report.error);
@@ -40,6 +39,28 @@ async fn a_clone_whose_agent_dies_at_any_boundary_of_its_steps_is_finished_by_th
             assert_eq!(world.archive_of(world.archiver.incarnation()).await, before, "{moment:?}");
             agent.shut_down().await;
         }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn log_that_is_lost_between_check_and_replay_fails_the_clone_and_does_not_shorten_it() {
+    for target in [Target::Latest, Target::Time("2026-11-21T10:03:25Z".parse().unwrap())] {
+        let world = World::new().await;
+        world.write(10);
+        world.back_up().await;
+        world.write(200);
+        world.archiver.ship_now().await.unwrap();
+        let order = die_at(&world, Moment::Before("recover"), clone_order("check", target)).await;
+        let prefix = format!("incarnations/{}/log/00000003/", world.archiver.incarnation());
+        let objects = world.store.list(&prefix, None, 1000).await.unwrap();
+        world.store.delete(std::slice::from_ref(&objects[0].key)).await.unwrap();
+        let agent = world.agent().await;
+        let report = agent.wait(order.id).await.unwrap();
+        assert_eq!(report.state, JobState::Failed);
+        let error = report.error.unwrap();
+        assert!(error.message().contains("was lost from the repository since the clone was checked"), "{error}");
+        assert_eq!(world.traces(), Vec::<String>::new());
+        agent.shut_down().await;
     }
 }
 
