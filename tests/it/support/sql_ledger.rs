@@ -147,7 +147,7 @@ pub async fn run(
         }
     }
     match (keiki, other) {
-        (Some(keiki), Some(other)) => failures.extend(rival.verdict(keiki.saturating_sub(idle), other).err()),
+        (Some(keiki), Some(other)) if keiki > idle => failures.extend(rival.verdict(keiki - idle, other).err()),
         _ => failures.push("replay was not measured".to_string()),
     }
     for host in [a, b] {
