@@ -230,6 +230,7 @@ impl Kept {
 
 /// Makes sure that the server at the endpoint is the one that works in the data directory.
 pub(super) async fn prove(source: &RedisSource, session: &mut Session) -> Result<()> {
+    require_data(&session.info(&["server"]).await?)?;
     let dir = PathBuf::from(session.setting("dir").await?);
     let (wanted, found) = (source.data_dir.clone(), dir.clone());
     let is_same = run_blocking("data directory", move || {
@@ -270,6 +271,15 @@ async fn identify(source: &RedisSource, session: &mut Session) -> Result<ServerI
         Ok(ServerIdentity { engine, version, system_id: NO_SYSTEM_ID.into(), data_dir: canonical, data_dir_inode })
     })
     .await
+}
+
+/// Sentinel is the same program and answers at the same kind of port, and keeps no data.
+fn require_data(info: &BTreeMap<String, String>) -> Result<()> {
+    match info.get("redis_mode").is_some_and(|mode| mode == "sentinel") {
+        true => Err(Error::new(Kind::BadInput, "it is a Sentinel, which watches servers and has no data")
+            .hint("set 'socket' or 'port' of the instance to those of a server that it watches")),
+        false => Ok(()),
+    }
 }
 
 /// Product and version in the lines of INFO. Valkey says both `redis_version`, for old clients, and its own.

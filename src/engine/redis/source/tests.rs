@@ -95,3 +95,12 @@ fn the_latest_second_counts_also_if_it_stands_in_a_file_that_is_released() {
     assert_eq!(newest(vec![held(2, &later), held(3, command)], 3), Some(101));
     assert_eq!(newest(vec![held(3, &format!("{command}#TS:102\r\n{ahead}#TS:103\r\n"))], 3), Some(130));
 }
+
+#[test]
+fn a_sentinel_is_told_from_a_server_with_data() {
+    for mode in ["standalone", "cluster"] {
+        require_data(&info(&[("redis_mode", mode)])).unwrap();
+    }
+    let refused = require_data(&info(&[("redis_mode", "sentinel")])).unwrap_err();
+    assert!(refused.message().contains("it is a Sentinel") && refused.hint_text().is_some(), "{refused:?}");
+}
