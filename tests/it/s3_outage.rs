@@ -104,10 +104,12 @@ fn assert_no_duplicate(stage: &TwoHosts, options: S3Options) {
     }
 }
 
-/// Whether a text names an object of a repository, in quotes.
+/// Whether a text names, in quotes, an object of a repository, or all objects of one log file.
 fn names_object(text: &str) -> bool {
-    text.split('\'')
-        .any(|word| word.starts_with("incarnations/") && word.split('/').count() >= 3 && !word.ends_with('/'))
+    text.split('\'').filter(|word| word.starts_with("incarnations/")).any(|word| match word.strip_suffix('/') {
+        Some(prefix) => prefix.contains("/log/") && prefix.split('/').count() >= 4,
+        None => word.split('/').count() >= 3,
+    })
 }
 
 /// Writes before and during an outage, looks at what is said of it, and ends it.
