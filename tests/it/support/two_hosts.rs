@@ -7,7 +7,7 @@ use std::fs;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
@@ -244,12 +244,15 @@ pub fn step<'a>(job: &'a Value, name: &str) -> &'a Value {
 
 /// Waits until a job goes no further by itself.
 pub fn wait_until_ended(host: &Host, id: &str) -> Value {
-    let mut last = Value::Null;
-    wait_for("the job to end", Duration::from_secs(120), || {
-        last = job(host, id);
-        last["state"] != "running"
-    });
-    last
+    let began = Instant::now();
+    loop {
+        let job = job(host, id);
+        if job["state"] != "running" {
+            return job;
+        }
+        assert!(began.elapsed() < Duration::from_secs(120), "it does not end: {job:#}\n--- agent\n{}", host.log());
+        std::thread::sleep(Duration::from_millis(50));
+    }
 }
 
 /// What lies below a directory now, without what is rewritten all the time: the lease, which is renewed, and files of
