@@ -23,6 +23,8 @@ use crate::repo::log_catalogue::LogCatalogue;
 /// PostgreSQL asks again after an answer of "not yet", so a question need not be held for long; a segment that is just
 /// being shipped is usually done within this.
 const PUSH_WAIT: Duration = Duration::from_secs(20);
+/// See [`patience`].
+const PUSH_WAIT_OF_CLONE: Duration = Duration::from_secs(3);
 
 /// How often somebody who asks early looks whether the instance is there now.
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
@@ -119,27 +121,29 @@ pub async fn ship_now(host: &Host, incarnation: IncarnationId) -> Result<Respons
 
 /// Answers PostgreSQL's question whether a segment is safe: only when it is.
 pub async fn push_log(host: &Arc<Host>, caller: &Caller, data_dir: &str, file: &str) -> Result<Response> {
-    let deadline = tokio::time::Instant::now() + PUSH_WAIT;
+    let began = tokio::time::Instant::now();
     let asked = std::path::Path::new(data_dir);
     let archiver = loop {
         match archiver_of(host, caller, asked, file) {
-            Err(error) if may_come_soon(asked, &error) && tokio::time::Instant::now() < deadline => {
+            Err(error) if began.elapsed() < patience(asked, &error) => {
                 tokio::time::sleep(LOOK_AGAIN).await;
             }
             other => break other?,
         }
     };
-    archiver.wait_durable(file, deadline.duration_since(tokio::time::Instant::now())).await?;
+    archiver.wait_durable(file, PUSH_WAIT.saturating_sub(began.elapsed())).await?;
     Ok(Response::Done)
 }
 
-/// A clone that is just being accepted asks before it is an instance, and an agent that just started has not looked at
-/// its instances yet: neither is worth a failed archive_command. A copy that somebody made by hand is told at once.
-fn may_come_soon(data_dir: &Path, error: &Error) -> bool {
+/// How long an answer is put off. A clone that is just being accepted asks before it is an instance, and an agent that just
+/// started has not looked at its instances yet: neither is worth a failed archive_command. Of a clone it is a short time,
+/// because an agent that died in the middle of that stops the server once more, and a server that is stopped waits until its
+/// archiver has asked three times. A copy that somebody made by hand is told at once.
+fn patience(data_dir: &Path, error: &Error) -> Duration {
     match error.kind() {
-        Kind::NotFound => run_dir_of(data_dir).is_dir(),
-        Kind::Unreachable => true,
-        _ => false,
+        Kind::NotFound if run_dir_of(data_dir).is_dir() => PUSH_WAIT_OF_CLONE,
+        Kind::Unreachable => PUSH_WAIT,
+        _ => Duration::ZERO,
     }
 }
 
