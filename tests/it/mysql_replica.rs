@@ -2,11 +2,11 @@
 
 use std::time::Duration;
 
-use keiki::engine::mysql::session::{Endpoint, Rows, Session};
+use keiki::engine::mysql::session::{Rows, Session};
 
 use super::support::hosts::{Host, HostOptions, Lab, free_port, wait_for};
+use super::support::matrix::{CloneAt, endpoint_of};
 use super::support::mysql::{MySqlServer, bin_dir};
-use super::support::postgres::server_user;
 use super::support::two_hosts::wait_until_state;
 
 /// A host with a server that archives into a directory and whose clones lie beside it.
@@ -30,15 +30,9 @@ fn host_of(lab: &Lab, source: &MySqlServer) -> Host {
 
 /// Asks a clone as its agent does.
 async fn ask_clone(lab: &Lab, name: &str, sql: &str) -> Rows {
-    let run_dir = lab.path(&format!("clones-a/{name}.run"));
-    let password = std::fs::read_to_string(run_dir.join("password")).unwrap().trim().to_string();
-    let endpoint = Endpoint {
-        socket: run_dir.join("mysqld.sock"),
-        user: "keiki_agent".to_string(),
-        password: Some(password),
-        run_as: server_user().name,
-    };
-    Session::open(&endpoint).await.unwrap().query(sql).await.unwrap_or_else(|error| panic!("{sql}: {error}"))
+    let data_dir = lab.path("clones-a").join(name);
+    let clone = CloneAt { run_dir: data_dir.with_extension("run"), data_dir, port: 0 };
+    Session::open(&endpoint_of(&clone)).await.unwrap().query(sql).await.unwrap_or_else(|error| panic!("{sql}: {error}"))
 }
 
 #[tokio::test]

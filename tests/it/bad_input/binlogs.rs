@@ -118,6 +118,23 @@ async fn run(server: &impl BinlogServer, statements: &[&str]) {
     }
 }
 
+/// Writes down what doctor says about instances, but not what is well.
+pub fn note_doctor(said: &mut Said, host: &Host) {
+    let output = host.keiki(&["--json", "doctor"]);
+    let items: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    for item in items.as_array().unwrap() {
+        let what = item["what"].as_str().unwrap();
+        let is_of_an_instance = what.contains(": ") && !what.ends_with(": archiving");
+        if is_of_an_instance && item["verdict"] != "pass" {
+            let text = |key: &str| item[key].as_str().unwrap_or_default().to_string();
+            said.note(
+                &format!("keiki doctor: {} {what}", text("verdict")),
+                &format!("{}\nhint: {}", text("found"), text("hint")),
+            );
+        }
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn what_a_source_of_mariadb_lacks_is_named_before_it_is_backed_up() {
     let lab = new_lab();
@@ -147,19 +164,7 @@ async fn what_a_source_of_mariadb_lacks_is_named_before_it_is_backed_up() {
         wait_until_state(&a, name, "archiving");
     }
     let mut said = Said::new(mask(&lab));
-    let output = a.keiki(&["--json", "doctor"]);
-    let items: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
-    for item in items.as_array().unwrap() {
-        let what = item["what"].as_str().unwrap();
-        let is_of_an_instance = what.contains(": ") && !what.ends_with(": archiving");
-        if is_of_an_instance && item["verdict"] != "pass" {
-            let text = |key: &str| item[key].as_str().unwrap_or_default().to_string();
-            said.note(
-                &format!("keiki doctor: {} {what}", text("verdict")),
-                &format!("{}\nhint: {}", text("found"), text("hint")),
-            );
-        }
-    }
+    note_doctor(&mut said, &a);
     said.refuses(&a, &["backup", "create", "silent"], "writes no binary log");
     said.refuses(&a, &["backup", "create", "newer"], "cannot find 'mariadb-backup' of MariaDB 11.8: found only");
     said.refuses(&a, &["backup", "create", "older"], "cannot find 'mariadb-backup' of MariaDB 10.11: found only");

@@ -12,7 +12,7 @@ use super::super::support::matrix::{CloneAt, SourceServer, ask, endpoint_of, run
 use super::super::support::mysql::{AGENT, MySqlServer, bin_dir};
 use super::super::support::postgres::server_user;
 use super::super::support::two_hosts::{difference, wait_until_shipped, wait_until_state};
-use super::binlogs::{host_with, new_lab, problem_with};
+use super::binlogs::{host_with, new_lab, note_doctor, problem_with};
 use super::{Mask, Said, refusal};
 
 fn mask(lab: &Lab, source: &MySqlServer) -> Mask {
@@ -21,23 +21,6 @@ fn mask(lab: &Lab, source: &MySqlServer) -> Mask {
         .known(source.work_dir.display(), "SOURCE")
         .known(bin_dir().display(), "BIN")
         .known(format!("'{}'", server_user().name), "'USER'")
-}
-
-/// Writes down what doctor says about instances, but not what is well.
-fn note_doctor(said: &mut Said, host: &Host) {
-    let output = host.keiki(&["--json", "doctor"]);
-    let items: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
-    for item in items.as_array().unwrap() {
-        let what = item["what"].as_str().unwrap();
-        let is_of_an_instance = what.contains(": ") && !what.ends_with(": archiving");
-        if is_of_an_instance && item["verdict"] != "pass" {
-            let text = |key: &str| item[key].as_str().unwrap_or_default().to_string();
-            said.note(
-                &format!("keiki doctor: {} {what}", text("verdict")),
-                &format!("{}\nhint: {}", text("found"), text("hint")),
-            );
-        }
-    }
 }
 
 /// Writes down the lines of a check list that begin with these names, each with the one below it.

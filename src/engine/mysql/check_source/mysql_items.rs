@@ -20,7 +20,10 @@ pub(super) async fn log_items(session: &Session) -> Result<Vec<CheckItem>> {
         "1" => CheckItem::pass("gtid_mode", "ON"),
         value => CheckItem::warn(
             "gtid_mode",
-            format!("{}: a clone cannot be proved by the names of its transactions, nor made to one of them", if value == "0" { "OFF" } else { value }),
+            format!(
+                "{}: a clone cannot be proved by the names of its transactions, nor made to one of them",
+                if value == "0" { "OFF" } else { value }
+            ),
             "turn it on step by step, then take a new backup: see 'Enabling GTID Transactions Online' in MySQL's manual",
         ),
     });
